@@ -1,0 +1,18 @@
+"""Small models of genuine architectures, trained from nothing and shipped with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from comp_edge.reference import llava_digits
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+# name -> () -> (untrained model, processor)
+REFERENCE_MODELS: dict[str, Callable[..., tuple[Any, Any]]] = {"llava-digits": llava_digits.build}
+
+
+def asset_folder(name: str) -> Path:
+    """The folder that a shipped reference model lies in."""
+    return ASSETS / name
