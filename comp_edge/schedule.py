@@ -173,11 +173,12 @@ class Schedule:
         return _Flow(width=width, valid=valid, prompt=prompt, counts=counts, decoding=decoding, answers=answers)
 
     def _collect(self, stream: StreamView, flow: _Flow, index: int) -> None:
-        """Take over the scores that layer `index` left."""
-        if flow.context is None or flow.context.scores is None:
+        """Take over the scores that layer `index` left; a layer without attention hands on those before it."""
+        if flow.context is None:
             return
-        flow.scores, flow.context.scores = flow.context.scores, None
-        if self.observe is not None:
+        if flow.context.scores is not None:
+            flow.scores, flow.context.scores = flow.context.scores, None
+        if self.observe is not None and flow.scores is not None and not flow.decoding:
             self.observe(stream.name, index, flow.scores, flow.valid & flow.prompt)
 
     def _drop(self, stream: StreamView, flow: _Flow, index: int, hidden: Tensor) -> Tensor:
@@ -395,6 +396,14 @@ def _layer_hook(schedule: Schedule, stream: StreamView, index: int) -> Callable:
 def active_schedule(model: Any) -> Schedule | None:
     """The schedule that `attach` activated on the model, if any."""
     return getattr(model, _ATTRIBUTE, None)
+
+
+def lift_language_drops(model: Any) -> None:
+    """Let every language layer compute on all tokens that the first one gets, as a stock runtime does."""
+    schedule = active_schedule(model)
+    if schedule is not None:
+        tokens = schedule.tokens["language"]
+        attach(model, {**schedule.tokens, "language": tokens[:1] * len(tokens)})
 
 
 def drops_tokens(model: Any, stream: str) -> bool:

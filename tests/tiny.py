@@ -128,9 +128,7 @@ def make_model(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 _enliven(name, parameter)
-    model.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=8
-    )
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=8)
     return model
 
 

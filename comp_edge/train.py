@@ -1,0 +1,124 @@
+"""Training a dense model from nothing (or further), with checkpoints to resume from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine
+from comp_edge.tasks import Task, take_examples
+from comp_edge.tasks.folding import distinct_images
+
+CHUNK = 250  # steps between checkpoints; the data order is seeded by chunk, so a resumed run sees the same batches
+CHECKPOINT = "train.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run reports: validation score, its steps, and the mean loss of the last chunk."""
+
+    val_score: float
+    steps: int
+    loss: float
+
+
+def train(
+    model: Any,
+    task: Task,
+    *,
+    folder: str | Path,
+    steps: int = 3000,
+    lr: float = 2e-3,
+    matrix_lr: float = 3e-3,
+    seed: int = 0,
+    auxiliary: float = 1.0,
+    val_questions: int = 1000,
+    resume: bool = False,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_score: Callable[[int, float], None] = lambda step, score: None,
+) -> TrainResult:
+    """Train `model` in place.
+
+    Args:
+        folder: where the checkpoint is kept until the run is complete.
+        lr, matrix_lr: peak learning rates of AdamW and Muon.
+        auxiliary: weight of the task's auxiliary per-patch loss, where the task has one (`auxiliary_head`).
+        val_questions: how many validation examples each intermediate score uses.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the last checkpoint is intact.
+    """
+    torch.manual_seed(seed)
+    checkpoint = Path(folder) / CHECKPOINT
+    head = _auxiliary_head(model, task) if auxiliary else None
+    named = list(model.named_parameters()) + ([] if head is None else list(head.named_parameters("auxiliary")))
+    optimizer = Optimizer(named, matrix_lr=matrix_lr, lr=lr)
+    done = 0
+    if resume:
+        tensors, progress = load_state(checkpoint)
+        done = progress["steps"]
+        _restore(tensors, model, head, optimizer)
+    validation = list(take_examples(task.val_batches(), val_questions))
+    mean, score = math.nan, math.nan
+    while done < steps:
+        model.train()
+        count = min(CHUNK, steps - done)
+        total = 0.0
+        for batch in itertools.islice(task.train_batches(seed * 100_003 + done // CHUNK), count):
+            loss = task.loss(model, batch)
+            objective = loss
+            if head is not None:
+                first, _ = distinct_images(batch["image_ids"])
+                features = _patch_features(model, batch["pixel_values"][first])
+                labels = task.patch_labels(batch["image_ids"][first])
+                # Decays to nothing: it shows the tower what to see, then leaves it to the questions.
+                objective = loss + auxiliary * max(0.0, 1 - 1.25 * done / steps) * head(features, labels)
+            optimizer.step(objective, factor=warmup_cosine(done, steps))
+            total += float(loss.detach())
+            done += 1
+            on_step(done, float(loss.detach()))
+        mean = total / count
+        model.eval()
+        score = task.score(model, validation)
+        on_score(done, score)
+        tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+        tensors |= {f"optimizer.{k}": v for k, v in optimizer.state_tensors().items()}
+        if head is not None:
+            tensors |= {f"head.{k}": v for k, v in head.state_dict().items()}
+        save_state(checkpoint, tensors, {"steps": done})
+    model.eval()
+    if math.isnan(score):
+        score = task.score(model, validation)
+    return TrainResult(val_score=score, steps=done, loss=mean)
+
+
+def _auxiliary_head(model: Any, task: Task) -> nn.Module | None:
+    make = getattr(task, "auxiliary_head", None)
+    if make is None:
+        return None
+    pixels = task.example_inputs()["pixel_values"]
+    with torch.no_grad():
+        features = _patch_features(model, pixels)
+    return make(features.shape[-1], features.shape[1])
+
+
+def _patch_features(model: Any, pixel_values: Tensor) -> Tensor:
+    """Patch tokens [n, patches, width] of the vision tower's last hidden state, CLS left out."""
+    return model.model.vision_tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
+
+
+def _restore(tensors: dict[str, Tensor], model: Any, head: nn.Module | None, optimizer: Optimizer) -> None:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    optimizer.load_state_tensors(part("optimizer."))
+    if head is not None:
+        head.load_state_dict(part("head."))
