@@ -1,0 +1,151 @@
+"""Statistics of a calibration set, in streaming form: what units and tokens matter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comp_edge.importance import Norm, input_energy, normalize, per_unit, taylor, token_weights, wanda
+from comp_edge.masks import UnitMasks
+from comp_edge.schedule import Schedule
+from comp_edge.units import Site
+
+
+def model_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that the model's `forward` takes."""
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in batch.items() if name in accepted}
+
+
+@dataclass
+class TokenStatistics:
+    """Normalised token importance of each layer, over the calibration set.
+
+    Attributes:
+        scores: per (stream, layer), sorted descending per example: a list of [b, n] (invalid tokens 0).
+    """
+
+    scores: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+
+    def above(self, stream: str, layer: int, threshold: float) -> float:
+        """Mean number of tokens per example whose importance reaches a threshold."""
+        batches = self.scores[(stream, layer)]
+        count = sum(float((scores >= threshold).sum()) for scores in batches)
+        return count / sum(len(scores) for scores in batches)
+
+
+@dataclass
+class _Waiting:
+    """The input of an output projection whose token weights are not known yet."""
+
+    site: Site
+    inputs: Tensor
+    kept: Tensor | None
+
+
+class Collector:
+    """Listens to forward passes: input energies of all output projections (CIP or plain), and token importance.
+
+    The feed-forward of layer l is weighted by the token importance of layer l + 1, attention by that of layer l
+    (DESIGN section 5), so the input of at most two projections a stream waits for its weights at any time.
+
+    Args:
+        cip: weigh tokens; plain structured Wanda otherwise.
+        norm: how token importance is normalised.
+    """
+
+    def __init__(self, masks: UnitMasks, schedule: Schedule, *, cip: bool, norm: Norm = "mean") -> None:
+        self.masks, self.schedule, self.cip, self.norm = masks, schedule, cip, norm
+        self.energy: dict[Site, Tensor] = {}
+        self.tokens = TokenStatistics()
+        self._waiting: list[_Waiting] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Collector:
+        self.schedule.observe = self._observe
+        for site in self.masks.unit_sizes:
+            self._handles.append(self.masks.sink(site).register_forward_pre_hook(self._hook(site)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.schedule.observe = None
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, site: Site) -> Callable:
+        def listen(module: Any, args: tuple) -> None:
+            self._waiting.append(_Waiting(site, args[0].detach(), self.schedule.kept(site.stream)))
+
+        return listen
+
+    def _observe(self, stream: str, layer: int, scores: Tensor, valid: Tensor) -> None:
+        view = self.schedule.streams[stream]
+        cls = view.protected == "first"
+        normal = normalize(scores.float(), self.norm, valid=valid)
+        self.tokens.scores.setdefault((stream, layer), []).append(normal.sort(1, descending=True).values)
+        weights = token_weights(scores.float(), valid=valid, cls=cls) if self.cip else valid.float()
+        last = layer == len(view.layers) - 1
+        ready, self._waiting = _split(
+            self._waiting,
+            lambda w: (
+                w.site.stream == stream
+                and (w.site.layer < layer or w.site.layer == layer and (w.site.kind == "heads" or last))
+            ),
+        )
+        kept = self.schedule.kept(stream)
+        for waiting in ready:
+            energy = input_energy(waiting.inputs, _align(weights, kept, waiting.kept, waiting.inputs.shape[1]))
+            self.energy[waiting.site] = self.energy.get(waiting.site, 0) + energy
+
+    def wanda(self) -> dict[Site, Tensor]:
+        """Structured Wanda (CIP where asked for) of every unit, [units] per site."""
+        return {
+            site: per_unit(wanda(self.masks.sink(site).weight, energy), self.masks.unit_sizes[site])
+            for site, energy in self.energy.items()
+        }
+
+
+def _split(items: list, condition: Callable[[Any], bool]) -> tuple[list, list]:
+    return [i for i in items if condition(i)], [i for i in items if not condition(i)]
+
+
+def _align(weights: Tensor, kept: Tensor | None, wanted: Tensor | None, count: int) -> Tensor:
+    """Weights of the tokens `kept` now, for the tokens that an earlier layer had; those dropped since weigh nothing."""
+    if kept is None or wanted is not None and torch.equal(kept, wanted):
+        return weights
+    width = int(max(kept.max(), 0 if wanted is None else wanted.max())) + 1
+    spread = weights.new_zeros(len(weights), max(width, count if wanted is None else width)).scatter(1, kept, weights)
+    return spread[:, :count] if wanted is None else spread.gather(1, wanted)
+
+
+@torch.no_grad()
+def collect(
+    model: Any, masks: UnitMasks, schedule: Schedule, batches: Iterable[dict[str, Tensor]], *, cip: bool, norm: Norm
+) -> Collector:
+    """Run the calibration batches through the model and listen (see `Collector`)."""
+    with Collector(masks, schedule, cip=cip, norm=norm) as collector:
+        for batch in batches:
+            model(**model_inputs(model, batch))
+    return collector
+
+
+def taylor_scores(model: Any, task: Any, masks: UnitMasks, batches: Iterable[dict[str, Tensor]]) -> dict[Site, Tensor]:
+    """First-order Taylor importance of every unit: summed squares of the loss gradient by its mask, [units] per site."""
+    current = dict(masks.masks)
+    leaves = {site: mask.detach().clone().requires_grad_(True) for site, mask in current.items()}
+    masks.masks = dict(leaves)
+    total = {site: torch.zeros_like(mask) for site, mask in current.items()}
+    try:
+        for batch in batches:
+            gradients = torch.autograd.grad(task.loss(model, batch), list(leaves.values()), allow_unused=True)
+            for site, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    total[site] += gradient.detach() ** 2
+    finally:
+        masks.masks = current
+    return {site: taylor(value) for site, value in total.items()}

@@ -1,0 +1,225 @@
+"""What a stage could do next: for each mode, the state after taking about a given share of the cost away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from comp_edge.calibrate import TokenStatistics
+from comp_edge.cost import Cost
+from comp_edge.families.base import Family, StreamView
+from comp_edge.importance import relative_to_mean
+from comp_edge.state import Chunk, State, next_chunk
+from comp_edge.units import Site
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One way to go on.
+
+    Attributes:
+        mode: the mode it advances.
+        action: which part of the mode ("all", "heads", "ffn" or "from layer N").
+        saving: cost saved, as a fraction of the dense cost.
+    """
+
+    mode: str
+    action: str
+    state: State
+    saving: float
+
+    @property
+    def name(self) -> str:
+        """Mode and action in one word, for the trace."""
+        return self.mode if self.action == "all" else f"{self.mode}/{self.action}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a single stage and of the result.
+
+    Attributes:
+        share: at most this fraction of a sub-layer's units or of a layer's tokens goes in one stage.
+        min_tokens: what a layer always computes on, per stream.
+        round_to: widths stay multiples of this where the layer is wide enough.
+    """
+
+    share: float = 0.25
+    min_tokens: int = 6
+    round_to: int = 32
+
+
+class Proposer:
+    """Builds proposals for a model; `cost` is asked, never known.
+
+    Args:
+        dense: cost of the dense model, to which savings are relative.
+    """
+
+    def __init__(
+        self, family: Family, model: Any, streams: Mapping[str, StreamView], *, cost: Cost, dense: float, limits: Limits
+    ) -> None:
+        self.family, self.model, self.streams = family, model, streams
+        self.cost, self.dense, self.limits = cost, dense, limits
+
+    def price(self, state: State) -> float:
+        """Cost of a state, as a fraction of the dense cost."""
+        return self.cost.predict(state.plan()) / self.dense
+
+    # ---- parameters
+
+    def parameters(
+        self,
+        state: State,
+        scores: Mapping[Site, Tensor],
+        *,
+        stream: str,
+        kinds: Sequence[str] = ("heads", "ffn"),
+        goal: float,
+        per_cost: bool,
+    ) -> Proposal | None:
+        """Remove the least important chunks of a stream until `goal` of the dense cost is saved.
+
+        Args:
+            scores: [units] importance per site.
+            per_cost: rank by importance per cost saved (scores comparable across layers), else by importance relative to
+                the layer's mean.
+        """
+        new, before = state.copy(), self.price(state)
+        sites = [s for s in scores if s.stream == stream and s.kind in kinds and state.alive[s].any()]
+        ranking = {s: scores[s] if per_cost else relative_to_mean(scores[s], state.alive[s]) for s in sites}
+        unit_costs = {s: self._unit_cost(state, s) if per_cost else 1.0 for s in sites}
+
+        def candidate(site: Site) -> tuple[float, Chunk] | None:
+            chunk = self._next(new, site, ranking[site])
+            if chunk is None or not self._within(chunk, new, state):
+                return None
+            return chunk.score / len(chunk.units) / max(unit_costs[site], 1e-12), chunk
+
+        candidates = {site: candidate(site) for site in sites}
+        saved = 0.0
+        while saved < goal and (open_ := [c for c in candidates.values() if c is not None]):
+            _, chunk = min(open_, key=lambda c: c[0])
+            new.alive[chunk.site][list(chunk.units)] = False
+            candidates[chunk.site] = candidate(chunk.site)
+            saved = before - self.price(new)
+        if saved <= 0:
+            return None
+        return Proposal(f"{stream}_params", "all" if len(kinds) > 1 else kinds[0], new, saved)
+
+    def _next(self, state: State, site: Site, scores: Tensor) -> Chunk | None:
+        # The first layer's attention ranks tokens for all that follow: one chunk of it stays.
+        floor = 1 if site.kind == "heads" and site.layer == 0 else 0
+        return next_chunk(
+            state, site, scores, stream=self.streams[site.stream], round_to=self.limits.round_to, floor=floor
+        )
+
+    def _within(self, chunk: Chunk, new: State, old: State) -> bool:
+        """Whether a stage may take this chunk too: one is always allowed, more only up to the limit's share."""
+        had = int(old.alive[chunk.site].sum())
+        gone = had - int(new.alive[chunk.site].sum())
+        return gone == 0 or gone + len(chunk.units) <= self.limits.share * had
+
+    def _unit_cost(self, state: State, site: Site) -> float:
+        """Cost of one unit of a site, with everything else as it is."""
+        one = state.copy()
+        first = int(one.alive[site].nonzero()[0, 0])
+        group = _group_of(self.streams, site)
+        members = range(first // group * group, first // group * group + group)
+        live = [u for u in members if bool(one.alive[site][u])]
+        one.alive[site][live] = False
+        return (self.price(state) - self.price(one)) / len(live)
+
+    # ---- tokens
+
+    def tokens_by_threshold(
+        self, state: State, statistics: TokenStatistics, *, stream: str, goal: float
+    ) -> Proposal | None:
+        """Lower the token counts of a whole stream by one global threshold on importance, until `goal` is saved.
+
+        A layer's count is the mean number of tokens that reach the threshold. What one layer loses is bounded, because a
+        global threshold cascades: the few tokens that a layer keeps make everything after look unimportant.
+        """
+        before = self.price(state)
+        low, high, best = 0.0, 4.0, None
+        for _ in range(24):
+            middle = (low + high) / 2
+            counts = list(state.tokens[stream])
+            for layer in range(len(counts) - 1):
+                reached = round(statistics.above(stream, layer, middle)) if (stream, layer) in statistics.scores else 0
+                counts[layer + 1] = min(counts[layer + 1], max(reached, self._least(state, stream, layer + 1)))
+            new = self.with_tokens(state, stream, counts)
+            saved = before - self.price(new)
+            if saved >= goal:
+                best, high = (new, saved), middle
+            else:
+                low = middle
+                if best is None:
+                    most = (new, saved)
+        new, saved = best or most
+        return Proposal(f"{stream}_tokens", "all", new, saved) if saved > 0 else None
+
+    def tokens_from_layer(self, state: State, *, stream: str, layer: int, goal: float) -> Proposal | None:
+        """Lower the token counts from one layer on, until `goal` is saved or the layer's bound is reached."""
+        before, current = self.price(state), state.tokens[stream]
+        least = self._least(state, stream, layer)
+        low, high = least, current[layer] - 1
+        if high < low:
+            return None
+        while low < high:  # most tokens that still save the goal
+            middle = (low + high + 1) // 2
+            if before - self.price(self._cut(state, stream, layer, middle)) >= goal:
+                low = middle
+            else:
+                high = middle - 1
+        new = self._cut(state, stream, layer, low)
+        saved = before - self.price(new)
+        return Proposal(f"{stream}_tokens", f"from layer {layer}", new, saved) if saved > 0 else None
+
+    def _cut(self, state: State, stream: str, layer: int, count: int) -> State:
+        counts = list(state.tokens[stream])
+        return self.with_tokens(state, stream, counts[:layer] + [min(n, count) for n in counts[layer:]])
+
+    def _least(self, state: State, stream: str, layer: int) -> int:
+        current = state.tokens[stream][layer]
+        bound = int(current * (1 - self.limits.share))
+        return max(min(bound, current - 1), min(self.limits.min_tokens, current))
+
+    def with_tokens(self, state: State, stream: str, counts: Sequence[int]) -> State:
+        """A state with other token counts; never rising, and the language model gets what the vision stream delivers."""
+        new = state.copy()
+        falling: list[int] = []
+        for count in counts:
+            falling.append(min(count, falling[-1]) if falling else count)
+        new.tokens[stream] = falling
+        if stream == "vision":
+            prompt = self.family.prompt_tokens(self.model, state.tokens)
+            first = self.family.image_tokens(self.model, falling[-1]) + prompt
+            new.tokens["language"] = [first] + [min(n, first) for n in state.tokens["language"][1:]]
+        return new
+
+    def lowest(self, state: State, modes: Sequence[str]) -> float:
+        """The lowest cost that these modes can reach, as a fraction of the dense cost."""
+        new = state.copy()
+        for mode in modes:
+            stream, what = mode.rsplit("_", 1)
+            if what == "params":
+                for site, alive in new.alive.items():
+                    if site.stream == stream:
+                        keep = _group_of(self.streams, site) if site.kind == "heads" and site.layer == 0 else 0
+                        alive[keep:] = False
+            else:
+                first = new.tokens[stream][0]
+                counts = [first] + [min(self.limits.min_tokens, n) for n in new.tokens[stream][1:]]
+                new = self.with_tokens(new, stream, counts)
+        return self.price(new)
+
+
+def _group_of(streams: Mapping[str, StreamView], site: Site) -> int:
+    if site.kind == "ffn":
+        return 1
+    attn = streams[site.stream].layers[site.layer].attn
+    return attn.heads // attn.kv_heads

@@ -1,0 +1,195 @@
+"""How a stage's proposal is chosen: the paper's MPS on CIM, or the look-ahead probe. One class a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comp_edge.calibrate import Collector, collect, taylor_scores
+from comp_edge.masks import UnitMasks
+from comp_edge.proposals import Proposal, Proposer
+from comp_edge.schedule import Schedule
+from comp_edge.state import State
+from comp_edge.strategy import MPS, cheapest
+
+if TYPE_CHECKING:
+    from comp_edge.pruning import PruneConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What choosing may look at; nothing here comes from the test split.
+
+    Attributes:
+        loss: the task's own loss of the model on a batch, without gradients being kept.
+        calibration, probe: training batches for importance, and others for looking ahead.
+    """
+
+    model: Any
+    task: Any
+    masks: UnitMasks
+    schedule: Schedule
+    proposer: Proposer
+    modes: Sequence[str]
+    config: PruneConfig
+    seed: int
+    calibration: Sequence[dict[str, Tensor]]
+    probe: Sequence[dict[str, Tensor]]
+    loss: Callable[[Any, dict[str, Tensor]], float]
+
+
+class Selector(Protocol):
+    """Chooses a proposal for each stage, and learns what it did."""
+
+    def select(
+        self, setting: Setting, state: State, *, goal: float, stage: int
+    ) -> tuple[Proposal | None, dict[str, Any]]:
+        """The proposal of a stage (None: nothing can be saved any more), and what the trace records of the choice."""
+
+    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
+        """A stage is over: validation score and cost (fraction of dense) changed by this much."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint records."""
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Take over what `to_json` gave."""
+
+
+@dataclass
+class CompSelector:
+    """CoMP as published: structured Wanda with CIM ranks, MPS chooses the mode."""
+
+    mps: MPS
+
+    def select(
+        self, setting: Setting, state: State, *, goal: float, stage: int
+    ) -> tuple[Proposal | None, dict[str, Any]]:
+        """The mode that MPS chooses among those that can still save."""
+        config = setting.config
+        statistics = collect(
+            setting.model, setting.masks, setting.schedule, setting.calibration, cip=config.cip, norm=config.token_norm
+        )
+        options = {mode: self._propose(setting, state, mode, statistics, goal) for mode in setting.modes}
+        proposals = {mode: proposal for mode, proposal in options.items() if proposal is not None}
+        if not proposals:
+            return None, {}
+        rng = np.random.default_rng([setting.seed, stage])
+        mode, why = self.mps.choose(list(proposals), stage=stage, rng=rng)
+        return proposals[mode], {"why": why, "costs": dict(self.mps.costs)}
+
+    def _propose(
+        self, setting: Setting, state: State, mode: str, statistics: Collector, goal: float
+    ) -> Proposal | None:
+        stream, what = mode.rsplit("_", 1)
+        if what == "tokens":
+            return setting.proposer.tokens_by_threshold(state, statistics.tokens, stream=stream, goal=goal)
+        return setting.proposer.parameters(state, statistics.wanda(), stream=stream, goal=goal, per_cost=False)
+
+    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
+        """Update the mode's history-weighted cost."""
+        self.mps.update(mode, stage=stage, score_change=score_change, cost_change=cost_change)
+
+    def to_json(self) -> dict[str, Any]:
+        """MPS's memory."""
+        return self.mps.to_json()
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """MPS's memory."""
+        self.mps.restore(value)
+
+
+@dataclass
+class ProbeSelector:
+    """Ours: try every action for a moment on the current weights; the least loss per unit of cost saved wins.
+
+    Actions are finer than modes: heads and channels apart, and token counts from each layer on. Units are ranked by
+    first-order Taylor importance per unit of cost.
+    """
+
+    trivial: float = 0.1  # proposals that save less than this share of the goal have a price of noise over noise
+    parts: int = 4  # gradients are squared per part of a batch: finer parts tell apart what a mean would cancel
+
+    def select(
+        self, setting: Setting, state: State, *, goal: float, stage: int
+    ) -> tuple[Proposal | None, dict[str, Any]]:
+        """The cheapest action, by looking ahead."""
+        scores = taylor_scores(setting.model, setting.task, setting.masks, _parts(setting.calibration, self.parts))
+        usable = {
+            proposal.name: proposal
+            for proposal in self._proposals(setting, state, scores, goal)
+            if proposal.saving >= self.trivial * goal
+        }
+        if not usable:
+            return None, {}
+        base = self._loss(setting, state, state)
+        losses = {name: self._loss(setting, state, proposal.state) for name, proposal in usable.items()}
+        apply_state(setting.masks, setting.schedule, state, state, fade=0.0, cit=setting.config.cit)
+        name, prices = cheapest(losses, {n: p.saving for n, p in usable.items()}, base=base)
+        return usable[name], {"why": "cheapest", "costs": prices}
+
+    def _proposals(self, setting: Setting, state: State, scores: Any, goal: float) -> Iterator[Proposal]:
+        for mode in setting.modes:
+            stream, what = mode.rsplit("_", 1)
+            if what == "params":
+                found = [
+                    setting.proposer.parameters(state, scores, stream=stream, kinds=(kind,), goal=goal, per_cost=True)
+                    for kind in ("heads", "ffn")
+                ]
+            else:
+                found = [
+                    setting.proposer.tokens_from_layer(state, stream=stream, layer=layer, goal=goal)
+                    for layer in range(1, len(state.tokens[stream]))
+                ]
+            yield from (proposal for proposal in found if proposal is not None)
+
+    @torch.no_grad()
+    def _loss(self, setting: Setting, old: State, new: State) -> float:
+        apply_state(setting.masks, setting.schedule, old, new, fade=0.0, cit=setting.config.cit)
+        return sum(setting.loss(setting.model, batch) for batch in setting.probe) / len(setting.probe)
+
+    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
+        """Nothing: the next stage looks for itself."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Nothing is remembered."""
+        return {}
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
+
+
+def make_selector(strategy: str, config: PruneConfig) -> Selector:
+    """The selector of a strategy named in `strategy.STRATEGIES`."""
+    return CompSelector(MPS(config.mps)) if strategy == "comp" else ProbeSelector()
+
+
+def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *, fade: float, cit: bool) -> None:
+    """Set masks and token counts on the way from one state to the next: `fade` 1 is the old one, 0 the new one.
+
+    Args:
+        cit: token importance sees fading heads fade; otherwise it sees them until they are gone.
+    """
+    masks.masks = {}
+    for site, alive in new.alive.items():
+        mask = alive.float() + fade * (old.alive[site] & ~alive).float()
+        masks.masks[site] = mask
+        if site.kind == "heads":
+            schedule.head_masks[(site.stream, site.layer)] = mask if cit else (mask > 0).float()
+    schedule.tokens = {
+        name: tuple(n + round(fade * (m - n)) for m, n in zip(old.tokens[name], counts, strict=True))
+        for name, counts in new.tokens.items()
+    }
+
+
+def _parts(batches: Sequence[dict[str, Tensor]], parts: int) -> Iterator[dict[str, Tensor]]:
+    for batch in batches:
+        size = len(next(iter(batch.values())))
+        step = max(1, size // parts)
+        for start in range(0, size - step + 1, step):
+            yield {name: value[start : start + step] for name, value in batch.items()}

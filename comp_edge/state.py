@@ -1,0 +1,142 @@
+"""Where a pruning stands: which units live, how many tokens each layer gets, and what could go next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comp_edge.families import family_of
+from comp_edge.families.base import StreamView
+from comp_edge.plan import LayerPlan, Plan, StreamPlan
+from comp_edge.units import Kind, Site, dense_plan, sites, unit_count
+
+WIDE_ENOUGH = 4  # a layer's width is rounded when it is at least this many multiples wide
+
+
+@dataclass
+class State:
+    """Live units and token counts; mutable, cheap to copy.
+
+    Attributes:
+        alive: [units] bool per site.
+        tokens: tokens of each layer, per stream.
+    """
+
+    alive: dict[Site, Tensor]
+    tokens: dict[str, list[int]]
+    template: Plan = field(repr=False)
+
+    @classmethod
+    def dense(cls, model: Any, *, prompt_tokens: int, base: str) -> State:
+        """Everything alive."""
+        plan = dense_plan(model, prompt_tokens=prompt_tokens, base=base)
+        streams = family_of(model).streams(model)
+        alive = {site: torch.ones(unit_count(streams, site), dtype=torch.bool) for site in sites(streams)}
+        return cls(alive=alive, tokens={k: list(v.tokens) for k, v in plan.streams.items()}, template=plan)
+
+    def copy(self) -> State:
+        """An independent copy."""
+        return State(
+            alive={site: mask.clone() for site, mask in self.alive.items()},
+            tokens={name: list(tokens) for name, tokens in self.tokens.items()},
+            template=self.template,
+        )
+
+    def plan(self) -> Plan:
+        """As a plan (not validated: this runs thousands of times)."""
+        streams = {}
+        for name, stream in self.template.streams.items():
+            layers = tuple(
+                LayerPlan.model_construct(heads=self._kept(name, i, "heads"), ffn=self._kept(name, i, "ffn"))
+                for i in range(len(stream.layers))
+            )
+            streams[name] = StreamPlan.model_construct(layers=layers, tokens=tuple(self.tokens[name]))
+        return self.template.model_copy(update={"streams": streams})
+
+    def _kept(self, stream: str, layer: int, kind: Kind) -> tuple[int, ...]:
+        mask = self.alive.get(Site(stream, layer, kind))
+        return () if mask is None else tuple(mask.nonzero()[:, 0].tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint records."""
+        plan = self.plan()
+        return {name: stream.model_dump(mode="json") for name, stream in plan.streams.items()}
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Take over what `to_json` gave."""
+        for name, stream in value.items():
+            self.tokens[name] = list(stream["tokens"])
+            for index, layer in enumerate(stream["layers"]):
+                for kind in ("heads", "ffn"):
+                    site = Site(name, index, kind)
+                    if site in self.alive:
+                        mask = torch.zeros_like(self.alive[site])
+                        mask[layer[kind]] = True
+                        self.alive[site] = mask
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Units that go together: a multiple of channels, a head, a head of every group, or all that is left.
+
+    Attributes:
+        score: their summed importance.
+    """
+
+    site: Site
+    units: tuple[int, ...]
+    score: float
+
+
+def next_chunk(
+    state: State, site: Site, scores: Tensor, *, stream: StreamView, round_to: int, floor: int = 1
+) -> Chunk | None:
+    """The least important chunk that can leave a sub-layer now; None when nothing may.
+
+    Widths stay multiples of `round_to` where the dense layer is at least `WIDE_ENOUGH` such multiples wide. Under
+    grouped-query attention a chunk is a whole group or one query head of every group, whichever matters less per head.
+
+    Args:
+        scores: [units] importance.
+        floor: chunks that must stay (0 lets the whole sub-layer go).
+    """
+    alive = state.alive[site]
+    layer = stream.layers[site.layer]
+    living = alive.nonzero()[:, 0]
+    if not len(living):
+        return None
+    if site.kind == "ffn":
+        size = round_to if len(alive) >= WIDE_ENOUGH * round_to else max(1, len(alive) // 16)
+        count = len(living) - (-(-len(living) // size) - 1) * size  # down to the next multiple below
+        candidates = [living[scores[living].argsort()[:count]]]
+    else:
+        candidates = _head_chunks(living, scores, group=layer.attn.heads // layer.attn.kv_heads)
+        size = _head_step(layer.attn.heads * layer.attn.head_dim, layer.attn.head_dim, round_to)
+        candidates = [c for c in candidates if len(c) % size == 0] or candidates[-1:]
+        if size > 1 and all(len(c) % size for c in candidates):
+            candidates = [living[scores[living].argsort()[:size]]]
+    best = min(candidates, key=lambda units: float(scores[units].mean()))
+    if len(living) - len(best) < (floor if site.kind == "heads" else floor * size):
+        return None
+    return Chunk(site=site, units=tuple(sorted(best.tolist())), score=float(scores[best].sum()))
+
+
+def _head_step(width: int, head_dim: int, round_to: int) -> int:
+    """Heads that must go together so that the width stays a multiple of `round_to`."""
+    if width < WIDE_ENOUGH * round_to or head_dim % round_to == 0:
+        return 1
+    return max(1, round_to // head_dim)
+
+
+def _head_chunks(living: Tensor, scores: Tensor, *, group: int) -> list[Tensor]:
+    """What may go at once: single heads without groups; a whole group, or the weakest query head of each group."""
+    if group == 1:
+        return [living[scores[living].argmin()][None]]
+    groups = [living[living // group == g] for g in (living // group).unique().tolist()]
+    whole = [min(groups, key=lambda members: float(scores[members].sum()))]
+    thin = [torch.stack([members[scores[members].argmin()] for members in groups])] if len(groups[0]) > 1 else []
+    return whole + thin

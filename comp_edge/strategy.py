@@ -1,0 +1,103 @@
+"""Which mode a stage advances: MPS as published, and the look-ahead probe. Pure: state in, decision out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+STRATEGIES = ("comp", "probe", "params", "tokens", "joint")
+
+
+@dataclass(frozen=True)
+class MPSConfig:
+    """Constants of MPS, with the paper's values.
+
+    Attributes:
+        explore: rho, how often a mode is drawn instead of chosen.
+        temperature: tau of that draw.
+        history: lambda_0, weight of a mode's previous cost when it ran in the stage before.
+        horizon: I_max, stages after which nothing of the previous cost is left.
+    """
+
+    explore: float = 0.2
+    temperature: float = 5.0
+    history: float = 0.4
+    horizon: int = 5
+
+
+@dataclass
+class MPS:
+    """Multi-mode pruning strategy: advance the mode that lost least accuracy per unit of cost when it last ran.
+
+    Attributes:
+        costs: R_m, history-weighted accuracy lost per unit of cost saved (lower is better); absent until tried.
+        last: stage T_m in which each mode last ran.
+    """
+
+    config: MPSConfig = field(default_factory=MPSConfig)
+    costs: dict[str, float] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+
+    def choose(self, modes: Sequence[str], *, stage: int, rng: np.random.Generator) -> tuple[str, str]:
+        """The mode of stage `stage` among those that can still advance, and why.
+
+        Every mode is tried once; then with probability rho one is drawn from Softmax(I_m / tau), else the cheapest runs.
+        """
+        untried = [mode for mode in modes if mode not in self.costs]
+        if untried:
+            return untried[0], "first try"
+        if rng.random() < self.config.explore:
+            idle = np.array([stage - self.last[mode] for mode in modes]) / self.config.temperature
+            weights = np.exp(idle - idle.max())
+            return str(rng.choice(list(modes), p=weights / weights.sum())), "explored"
+        return min(modes, key=lambda mode: self.costs[mode]), "cheapest"
+
+    def update(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> float:
+        """Book what a stage did: R_m <- lambda R_m + (1 - lambda) r with r = d score / d cost.
+
+        Args:
+            score_change: validation score after minus before.
+            cost_change: cost after minus before (negative), as a fraction of the dense cost.
+
+        Returns:
+            The mode's new R_m. Both changes are usually negative, so a low r is a small loss for much saved.
+        """
+        r = score_change / min(cost_change, -1e-9)
+        if mode in self.costs:
+            idle = stage - self.last[mode]
+            weight = history_weight(idle, self.config)
+            r = weight * self.costs[mode] + (1 - weight) * r
+        self.costs[mode], self.last[mode] = r, stage
+        return r
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint records."""
+        return {"costs": self.costs, "last": self.last}
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Take over what `to_json` gave."""
+        self.costs, self.last = dict(value["costs"]), {k: int(v) for k, v in value["last"].items()}
+
+
+def history_weight(idle: int, config: MPSConfig) -> float:
+    """lambda = max(lambda_0 - lambda_0 / I_max (I_m - 1), 0): how much of the old cost is believed."""
+    return max(config.history - config.history / config.horizon * (idle - 1), 0.0)
+
+
+def cheapest(losses: Mapping[str, float], savings: Mapping[str, float], *, base: float) -> tuple[str, dict[str, float]]:
+    """The look-ahead probe's choice: least rise of the loss per unit of cost saved.
+
+    Args:
+        losses: loss with each candidate applied.
+        savings: cost that each candidate saves, as a fraction of the dense cost.
+        base: loss with none applied.
+
+    Returns:
+        The chosen candidate and every candidate's price. A loss that is not finite is infinitely dear.
+    """
+    prices = {name: (loss - base) / savings[name] if math.isfinite(loss) else math.inf for name, loss in losses.items()}
+    return min(prices, key=lambda name: prices[name]), prices
