@@ -89,7 +89,8 @@ class Collector:
         normal = normalize(scores.float(), self.norm, valid=valid)
         self.tokens.scores.setdefault((stream, layer), []).append(normal.sort(1, descending=True).values)
         weights = token_weights(scores.float(), valid=valid, cls=cls) if self.cip else valid.float()
-        last = layer == len(view.layers) - 1
+        # CIP's feed-forward waits for the next layer's importance; plain Wanda counts every token of its own layer.
+        last = layer == len(view.layers) - 1 or not self.cip
         ready, self._waiting = _split(
             self._waiting,
             lambda w: (

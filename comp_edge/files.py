@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from comp_edge.errors import InputError
 
 
@@ -29,7 +31,7 @@ def read_json(path: str | Path, *, what: str) -> Any:
         raise InputError(
             f"{what} {str(path)!r} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{what} {str(path)!r} cannot be read: {error}.") from None
 
 
@@ -47,6 +49,7 @@ def write_text(path: str | Path, text: str) -> None:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
+                os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private; it is for others to read
                 os.fsync(file.fileno())
             os.replace(name, path)
         except BaseException:
@@ -97,14 +100,17 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         staging.chmod(0o755)
         yield staging
+        for path in staging.rglob("*"):  # safetensors makes its files private
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
             os.replace(target, retired / "old")
         os.replace(staging, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if retired is not None and not target.exists():
             os.replace(retired / "old", target)
-        raise InputError(f"cannot write {str(target)!r}: {error.strerror or error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {str(target)!r}: {reason}.") from None
     finally:
         for leftover in (staging, retired):
             if leftover is not None:

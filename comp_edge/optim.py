@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], progress: dict[str,
         save_file(alone, temporary, metadata={"progress": json.dumps(progress)})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed either
+            temporary.unlink()
         raise InputError(f"cannot write {str(path)!r}: {error}.") from None
 
 

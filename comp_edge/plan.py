@@ -87,7 +87,7 @@ class Plan(BaseModel):
         """A plan from decoded JSON; `where` names it in errors."""
         if not isinstance(value, dict):
             raise InputError(f"{where} must hold a JSON object, got {type(value).__name__}.")
-        if value.get("schema") != 1:
+        if value.get("schema") != 1 or value["schema"] is True:
             raise InputError(f"{where} has schema {value.get('schema')!r}; this version reads schema 1.")
         try:
             return cls.model_validate(value)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from comp_edge.calibrate import TokenStatistics
@@ -207,10 +208,11 @@ class Proposer:
         for mode in modes:
             stream, what = mode.rsplit("_", 1)
             if what == "params":
-                for site, alive in new.alive.items():
-                    if site.stream == stream:
-                        keep = _group_of(self.streams, site) if site.kind == "heads" and site.layer == 0 else 0
-                        alive[keep:] = False
+                for site in [s for s in new.alive if s.stream == stream]:
+                    # What stays is decided by the same rules as in a stage, whatever the scores.
+                    equal = torch.ones(len(new.alive[site]))
+                    while (chunk := self._next(new, site, equal)) is not None:
+                        new.alive[site][list(chunk.units)] = False
             else:
                 first = new.tokens[stream][0]
                 counts = [first] + [min(self.limits.min_tokens, n) for n in new.tokens[stream][1:]]

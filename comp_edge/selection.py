@@ -14,7 +14,7 @@ def keep_tokens(scores: Tensor, *, keep: int) -> Tensor:
     Args:
         scores: [b, n]; protected tokens carry `PROTECTED` on top, padding 0.
     """
-    return scores.topk(keep, dim=1).indices.sort(1).values
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(1).values
 
 
 def keep_within(scores: Tensor, targets: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def keep_within(scores: Tensor, targets: Tensor) -> Tensor:
 
     Where examples of a batch have prompts of different lengths, each keeps what it would keep alone.
     """
-    order = scores.argsort(1, descending=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)  # ties as in `keep_tokens`
     ranks = torch.empty_like(order).scatter_(
         1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     )

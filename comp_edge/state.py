@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,29 +115,34 @@ def next_chunk(
         count = len(living) - (-(-len(living) // size) - 1) * size  # down to the next multiple below
         candidates = [living[scores[living].argsort()[:count]]]
     else:
-        candidates = _head_chunks(living, scores, group=layer.attn.heads // layer.attn.kv_heads)
-        size = _head_step(layer.attn.heads * layer.attn.head_dim, layer.attn.head_dim, round_to)
-        candidates = [c for c in candidates if len(c) % size == 0] or candidates[-1:]
-        if size > 1 and all(len(c) % size for c in candidates):
-            candidates = [living[scores[living].argsort()[:size]]]
-    best = min(candidates, key=lambda units: float(scores[units].mean()))
-    if len(living) - len(best) < (floor if site.kind == "heads" else floor * size):
+        size = 1
+        step = _head_step(layer.attn.heads * layer.attn.head_dim, layer.attn.head_dim, round_to)
+        candidates = _head_chunks(living, scores, group=layer.attn.heads // layer.attn.kv_heads, step=step)
+    # Candidates first: where one would leave too little, another may not.
+    candidates = [units for units in candidates if len(living) - len(units) >= floor * size]
+    if not candidates:
         return None
+    best = min(candidates, key=lambda units: float(scores[units].mean()))
     return Chunk(site=site, units=tuple(sorted(best.tolist())), score=float(scores[best].sum()))
 
 
 def _head_step(width: int, head_dim: int, round_to: int) -> int:
     """Heads that must go together so that the width stays a multiple of `round_to`."""
-    if width < WIDE_ENOUGH * round_to or head_dim % round_to == 0:
-        return 1
-    return max(1, round_to // head_dim)
+    return 1 if width < WIDE_ENOUGH * round_to else round_to // math.gcd(round_to, head_dim)
 
 
-def _head_chunks(living: Tensor, scores: Tensor, *, group: int) -> list[Tensor]:
-    """What may go at once: single heads without groups; a whole group, or the weakest query head of each group."""
-    if group == 1:
-        return [living[scores[living].argmin()][None]]
+def _head_chunks(living: Tensor, scores: Tensor, *, group: int, step: int) -> list[Tensor]:
+    """What may go at once: the weakest groups, or the weakest query heads of every group.
+
+    As few of them as leave a multiple of `step` heads (everything, where nothing less does). Without groups a group is
+    a head.
+    """
     groups = [living[living // group == g] for g in (living // group).unique().tolist()]
-    whole = [min(groups, key=lambda members: float(scores[members].sum()))]
-    thin = [torch.stack([members[scores[members].argmin()] for members in groups])] if len(groups[0]) > 1 else []
-    return whole + thin
+    groups.sort(key=lambda members: float(scores[members].sum()))
+    count, size = len(groups), len(groups[0])
+    whole = next(k for k in range(1, count + 1) if (count - k) * size % step == 0)
+    thin = next(k for k in range(1, size + 1) if (size - k) * count % step == 0)
+    chunks = [torch.cat(groups[:whole])]
+    if size > 1:
+        chunks.append(torch.cat([members[scores[members].argsort()[:thin]] for members in groups]))
+    return chunks

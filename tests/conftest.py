@@ -10,10 +10,15 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
 from tests import tiny
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("comp-edge", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("comp-edge")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ def task_class(spec: str) -> type:
     sys.modules[module_name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises is the user's to see, in one line
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is the user's to see, in one line
         raise InputError(f"task file {path!r} cannot be imported: {type(error).__name__}: {error}.") from error
     found = getattr(module, name, None)
     if not isinstance(found, type):
@@ -78,6 +79,10 @@ def task_class(spec: str) -> type:
                if not callable(getattr(found, m, None))]  # fmt: skip
     if missing:
         raise InputError(f"class {name!r} in {path!r} is no task: it lacks {', '.join(missing)}.")
+    try:
+        inspect.signature(found).bind(None)
+    except TypeError as error:
+        raise InputError(f"class {name!r} in {path!r} cannot be constructed with a processor alone: {error}.") from None
     return found
 
 

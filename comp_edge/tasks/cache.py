@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,5 +42,6 @@ def cached_split(key: str, make: Callable[[], Split]) -> Split:
         temporary.write_bytes(save(tensors, metadata={"questions": json.dumps(split.questions)}))
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed either
+            temporary.unlink()
     return split

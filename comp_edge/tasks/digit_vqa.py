@@ -25,7 +25,7 @@ class DigitVQA(VQATask):
             images, cells, questions = digits.generate(split)
             return Split(images=images, questions=questions, extra={"cells": cells})
 
-        return cached_split(f"{self.name}-2-{split}", make)
+        return cached_split(f"{self.name}-3-{split}", make)
 
     def auxiliary_head(self, width: int, patches: int) -> nn.Module:
         """A per-patch classifier for dense training only: which digit, which colour does each patch belong to?

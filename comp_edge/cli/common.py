@@ -1,0 +1,152 @@
+"""What all command lines share: errors, JSON on stdout, progress on stderr, quiet libraries."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from comp_edge.errors import InputError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that keeps examples as they are typed, and reports bad input in one line with exit code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> None:
+        """One sentence on stderr, exit code 2."""
+        self.exit(BAD_INPUT, f"{self.prog}: {message}. See '{self.prog} --help'.\n")
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number strictly between 0 and 1."""
+    return _number(text, lambda v: 0 < v < 1, "a number between 0 and 1 (both exclusive)")
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    return _number(text, lambda v: v > 0, "a number above 0")
+
+
+def count(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    return int(_number(text, lambda v: v >= 1 and v == int(v), "an integer of at least 1"))
+
+
+def natural(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    return int(_number(text, lambda v: v >= 0 and v == int(v), "an integer of at least 0"))
+
+
+def _number(text: str, accept: Callable[[float], bool], wanted: str) -> float:
+    try:
+        value = float(text)
+        good = accept(value)
+    except (ValueError, OverflowError):
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def quiet_libraries() -> None:
+    """Keep imports of the stack from writing warnings that a user can do nothing about."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    for name in ("torchao", "torch.utils._pytree", "coremltools", "executorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def run(command: Callable[[], Any], *, name: str) -> int:
+    """Run a command; turn what a user did into one sentence and an exit code."""
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except FloatingPointError as error:
+        print(f"{name}: {error}; the last checkpoint is intact, lower --lr and go on with --resume.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"\n{name}: interrupted; nothing is half-written. Go on with --resume where there is one.", file=sys.stderr
+        )
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; that is theirs to decide.
+        sys.stderr.close()
+        return 0
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar with time left on stderr; yields `update(done, total, description)`.
+
+    Where stderr is no terminal, a line every ten per cent instead.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = -1
+
+        def plain(done: int, total: int, text: str) -> None:
+            nonlocal last
+            tenth = done * 10 // max(total, 1)
+            if tenth != last:
+                last = tenth
+                print(f"{text}: {done}/{total}", file=sys.stderr, flush=True)
+
+        yield plain
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(description, total=None)
+        yield lambda done, total, text: progress.update(bar, completed=done, total=total, description=text)
+
+
+def main(commands: Sequence[Any], *, parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parse and run: each command module has `add(subparsers)` and `run(arguments)`."""
+    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for command in commands:
+        command.add(sub)
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    return run(lambda: arguments.run(arguments), name=f"{parser.prog} {arguments.command}")

@@ -1,0 +1,101 @@
+"""`comp-edge train`: a dense reference model from nothing, or a dense folder further."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from comp_edge.cli import common
+
+EXAMPLES = """\
+examples:
+  comp-edge train --task digit_vqa --model llava-digits -o my-llava
+  comp-edge train --task digit_vqa --model llava-digits -o my-llava --resume     after an interruption
+  comp-edge train --task easy_vqa --model my-llava -o my-easy-llava --steps 1000
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "train", help="train a dense model", description="Train a dense model on a task.", epilog=EXAMPLES
+    )
+    parser.add_argument("--task", required=True, help="digit_vqa, easy_vqa or path/to/file.py:ClassName")
+    parser.add_argument("--model", required=True, help="a reference model (from nothing), or a dense folder (further)")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--steps", type=common.count, default=3000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--images", type=common.count, default=24, help="images per batch (default: %(default)s)")
+    parser.add_argument("--lr", type=common.positive, default=2e-3, help="AdamW's learning rate (default: %(default)s)")
+    parser.add_argument("--matrix-lr", type=common.positive, default=3e-3, help="Muon's (default: %(default)s)")
+    parser.add_argument("--seed", type=common.natural, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: Any) -> None:
+    """Train, score, save."""
+    from comp_edge.checkpoint import load_dense, load_processor
+    from comp_edge.errors import InputError
+    from comp_edge.files import check_writable, whole_folder, write_json
+    from comp_edge.reference import REFERENCE_MODELS
+    from comp_edge.tasks import load_task, task_class
+    from comp_edge.train import train
+
+    check_writable(arguments.out)
+    task_class(arguments.task)  # a wrong name should fail before a model is built
+    if arguments.model in REFERENCE_MODELS:
+        model, processor = REFERENCE_MODELS[arguments.model](arguments.seed)
+    else:
+        model, processor = load_dense(arguments.model), load_processor(arguments.model)
+    task: Any = load_task(arguments.task, processor)
+    if hasattr(task, "images_per_batch"):
+        task.images_per_batch = arguments.images
+    work = arguments.out.with_name(arguments.out.name + ".work")
+    started, seconds = time.time(), 0.0
+    scored = ""
+    with common.progress_bar("train") as update:
+
+        def on_score(step: int, score: float) -> None:
+            nonlocal scored
+            scored = f", val {score:.3f}"
+
+        result = train(
+            model,
+            task,
+            folder=work,
+            steps=arguments.steps,
+            lr=arguments.lr,
+            matrix_lr=arguments.matrix_lr,
+            seed=arguments.seed,
+            resume=arguments.resume,
+            on_step=lambda step, loss: update(step, arguments.steps, f"train, loss {loss:.3f}{scored}"),
+            on_score=on_score,
+        )
+    seconds = time.time() - started
+    metrics = {
+        "task": arguments.task,
+        "test_score": task.score(model, task.test_batches()),
+        "val_score": task.score(model, task.val_batches()),
+        "steps": result.steps,
+        "seed": arguments.seed,
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "command": shlex.join(["comp-edge", *sys.argv[1:]]),
+    }
+    try:
+        with whole_folder(arguments.out) as staging:
+            model.save_pretrained(staging)
+            processor.save_pretrained(staging)
+            write_json(staging / "metrics.json", metrics)
+    except OSError as error:
+        raise InputError(f"cannot write {str(arguments.out)!r}: {error}.") from None
+    shutil.rmtree(work, ignore_errors=True)
+    if arguments.json:
+        common.print_json(metrics)
+    else:
+        print(f"{arguments.out}: test {metrics['test_score']:.4f}, validation {metrics['val_score']:.4f}")
