@@ -1,0 +1,32 @@
+"""`python -m runtime_tests.memory BUNDLE THREADS`: answer one golden request and print this process's peak memory as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from devices.host import peak_memory_mb, resident_memory_mb
+from devices.program import set_threads
+from export.bundle import Bundle
+from export.executorch.runner import open_runner
+
+
+def main(folder: str, threads: int) -> dict[str, float] | None:
+    """Peak memory in MB, and what the bundle added to what the runtime had loaded before it."""
+    set_threads(threads)
+    import tokenizers  # noqa: F401 - so that its own size is not counted as the bundle's
+    from executorch.runtime import Runtime
+
+    Runtime.get()
+    bundle = Bundle.open(folder)
+    golden = bundle.golden()
+    before = resident_memory_mb()
+    open_runner(bundle).generate(golden.pixel_values[:1], golden.questions[0])
+    peak = peak_memory_mb()
+    if before is None or peak is None:
+        return None
+    return {"peak": peak, "program": max(peak - before, 0.0)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))))
