@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from comp_edge.masks import UnitMasks
 from comp_edge.proposals import Proposal, Proposer
 from comp_edge.schedule import Schedule
 from comp_edge.state import State
-from comp_edge.strategy import MPS, cheapest
+from comp_edge.strategy import MPS, prices_of
 
 if TYPE_CHECKING:
     from comp_edge.pruning import PruneConfig
@@ -109,44 +109,37 @@ class ProbeSelector:
     """Ours: try every action for a moment on the current weights; the least loss per unit of cost saved wins.
 
     Actions are finer than modes: heads and channels apart, and token counts from each layer on. Units are ranked by
-    first-order Taylor importance per unit of cost.
+    first-order Taylor importance per unit of cost. An action that saves less than the stage's goal is followed by the
+    next cheapest, so that small but nearly free savings do not cost a stage each.
     """
 
-    trivial: float = 0.1  # proposals that save less than this share of the goal have a price of noise over noise
     parts: int = 4  # gradients are squared per part of a batch: finer parts tell apart what a mean would cancel
+    enough: float = 0.8  # a stage is full when it saves this share of its goal
 
     def select(
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
-        """The cheapest action, by looking ahead."""
+        """The cheapest action by looking ahead, and those after it until the goal is met."""
         scores = taylor_scores(setting.model, setting.task, setting.masks, _parts(setting.calibration, self.parts))
-        usable = {
-            proposal.name: proposal
-            for proposal in self._proposals(setting, state, scores, goal)
-            if proposal.saving >= self.trivial * goal
-        }
+        actions = _actions(setting, state)
+        options = {action: _propose(setting, state, action, scores, goal) for action in actions}
+        usable = {action: proposal for action, proposal in options.items() if proposal is not None}
         if not usable:
             return None, {}
         base = self._loss(setting, state, state)
-        losses = {name: self._loss(setting, state, proposal.state) for name, proposal in usable.items()}
+        losses = {action: self._loss(setting, state, proposal.state) for action, proposal in usable.items()}
         apply_state(setting.masks, setting.schedule, state, state, fade=0.0, cit=setting.config.cit)
-        name, prices = cheapest(losses, {n: p.saving for n, p in usable.items()}, base=base)
-        return usable[name], {"why": "cheapest", "costs": prices}
-
-    def _proposals(self, setting: Setting, state: State, scores: Any, goal: float) -> Iterator[Proposal]:
-        for mode in setting.modes:
-            stream, what = mode.rsplit("_", 1)
-            if what == "params":
-                found = [
-                    setting.proposer.parameters(state, scores, stream=stream, kinds=(kind,), goal=goal, per_cost=True)
-                    for kind in ("heads", "ffn")
-                ]
-            else:
-                found = [
-                    setting.proposer.tokens_from_layer(state, stream=stream, layer=layer, goal=goal)
-                    for layer in range(1, len(state.tokens[stream]))
-                ]
-            yield from (proposal for proposal in found if proposal is not None)
+        prices = prices_of(losses, {action: p.saving for action, p in usable.items()}, base=base)
+        first, *others = sorted(prices, key=lambda action: prices[action])
+        chosen, also = usable[first], []
+        for action in others:
+            if chosen.saving >= self.enough * goal:
+                break
+            more = _propose(setting, chosen.state, action, scores, goal - chosen.saving)
+            if more is not None:
+                chosen = replace(chosen, state=more.state, saving=chosen.saving + more.saving)
+                also.append(more.name)
+        return chosen, {"why": "cheapest", "also": also, "costs": {usable[a].name: prices[a] for a in prices}}
 
     @torch.no_grad()
     def _loss(self, setting: Setting, old: State, new: State) -> float:
@@ -162,6 +155,26 @@ class ProbeSelector:
 
     def restore(self, value: Mapping[str, Any]) -> None:
         """Nothing is remembered."""
+
+
+def _actions(setting: Setting, state: State) -> list[tuple[str, str | int]]:
+    """What the probe may try: (mode, kind of unit) and (mode, first layer with fewer tokens)."""
+    found: list[tuple[str, str | int]] = []
+    for mode in setting.modes:
+        stream, what = mode.rsplit("_", 1)
+        parts = ("heads", "ffn") if what == "params" else range(1, len(state.tokens[stream]))
+        found += [(mode, part) for part in parts]
+    return found
+
+
+def _propose(
+    setting: Setting, state: State, action: tuple[str, str | int], scores: Any, goal: float
+) -> Proposal | None:
+    mode, part = action
+    stream = mode.rsplit("_", 1)[0]
+    if isinstance(part, int):
+        return setting.proposer.tokens_from_layer(state, stream=stream, layer=part, goal=goal)
+    return setting.proposer.parameters(state, scores, stream=stream, kinds=(part,), goal=goal, per_cost=True)
 
 
 def make_selector(strategy: str, config: PruneConfig) -> Selector:

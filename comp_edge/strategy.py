@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-STRATEGIES = ("comp", "probe", "params", "tokens", "joint")
+STRATEGIES = ("comp", "probe")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def history_weight(idle: int, config: MPSConfig) -> float:
     return max(config.history - config.history / config.horizon * (idle - 1), 0.0)
 
 
-def cheapest(losses: Mapping[str, float], savings: Mapping[str, float], *, base: float) -> tuple[str, dict[str, float]]:
-    """The look-ahead probe's choice: least rise of the loss per unit of cost saved.
+def prices_of(losses: Mapping[K, float], savings: Mapping[K, float], *, base: float) -> dict[K, float]:
+    """What the look-ahead probe ranks by: rise of the loss per unit of cost saved; least is best.
 
     Args:
         losses: loss with each candidate applied.
@@ -97,7 +98,6 @@ def cheapest(losses: Mapping[str, float], savings: Mapping[str, float], *, base:
         base: loss with none applied.
 
     Returns:
-        The chosen candidate and every candidate's price. A loss that is not finite is infinitely dear.
+        Each candidate's price; a loss that is not finite is infinitely dear.
     """
-    prices = {name: (loss - base) / savings[name] if math.isfinite(loss) else math.inf for name, loss in losses.items()}
-    return min(prices, key=lambda name: prices[name]), prices
+    return {key: (loss - base) / savings[key] if math.isfinite(loss) else math.inf for key, loss in losses.items()}

@@ -86,7 +86,7 @@ def load_source(
         InputError: the model, the template or the numbers cannot be used.
     """
     processor = load_processor(ref)
-    template = template or f"USER: {processor.image_token}\n{{question}} ASSISTANT:"
+    template = template or _prompt_template(processor)
     if template.count(processor.image_token) != 1 or template.count("{question}") != 1:
         raise InputError(
             f"prompt template {template!r} must contain {processor.image_token!r} once and '{{question}}' once."
@@ -98,6 +98,14 @@ def load_source(
     elif prompt_tokens is not None:
         raise InputError(f"prompt tokens {prompt_tokens} were given, but {str(ref)!r} has a plan that fixes them.")
     return Source(model=model, plan=plan, processor=processor, template=template, new_tokens=new_tokens)
+
+
+def _prompt_template(processor: Any) -> str:
+    """What the processor's chat template makes of an image and `{question}`; LLaVA's customary prompt without one."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {processor.image_token}\n{{question}} ASSISTANT:"
 
 
 def without_language_drops(source: Source) -> Source:

@@ -10,6 +10,7 @@ from torch import Tensor
 from export.bundle import Bundle, BundleError, MethodSpec
 from export.mil import Interpreter, Package
 from export.mil.errors import InputError as PackageError
+from export.mil.errors import UnknownOpError
 
 
 class MilEngine:
@@ -27,7 +28,7 @@ class MilEngine:
             try:
                 package = packages.setdefault(method.file, Package(bundle.path(method.file)))
                 self._interpreters[method.name] = Interpreter(package, function=method.function)
-            except PackageError as error:
+            except (PackageError, UnknownOpError) as error:
                 raise BundleError(f"package {method.file!r}: {error}") from None
             if method.file not in self._states and self._interpreters[method.name].signature.states:
                 self._states[method.file] = self._interpreters[method.name].make_state()

@@ -31,6 +31,7 @@ class Stage(BaseModel):
     stage: Annotated[int, Field(ge=1)]
     mode: str
     action: str
+    also: tuple[str, ...] = ()
     why: str
     costs: dict[str, float]
     score: FiniteFloat

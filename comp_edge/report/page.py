@@ -199,7 +199,7 @@ def _stages(facts: Facts) -> dict[str, Any]:
         rows.append(
             {
                 "stage": stage.stage, "mode": stage.mode, "action": "" if stage.action == "all" else stage.action,
-                "why": stage.why, "dots": dots, "saved": words.percent(stage.saved),
+                "why": stage.why, "also": ", ".join(stage.also), "dots": dots, "saved": words.percent(stage.saved),
                 "cost": words.percent(stage.cost_fraction), "score": words.score(stage.score),
                 "loss": f"{stage.loss:.3f}", "seconds": f"{stage.seconds:.1f} s",
             }

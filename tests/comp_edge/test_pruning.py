@@ -50,6 +50,8 @@ def test_the_budget_is_met_and_the_folder_tells_how(
         assert line["mode"] in ("vision_params", "language_params", "vision_tokens", "language_tokens")
         assert line["why"] in ("first try", "explored", "cheapest") and line["macs"] == pytest.approx(line["cost"])
     assert not (tmp_path / "out.work").exists()
+    if strategy == "probe":  # each stage is filled, so there are not many more stages than were asked for
+        assert len(trace) <= 2 * QUICK.stages and all(line["also"] is not None for line in trace)
     if strategy == "comp":
         assert [line["why"] for line in trace[:4]] == ["first try"] * 4
 

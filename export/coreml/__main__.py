@@ -1,0 +1,166 @@
+"""`python -m export.coreml FOLDER -o BUNDLE`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from comp_edge.cli.common import Parser, count, print_json, progress_bar, quiet_libraries, run
+
+NAME = "python -m export.coreml"
+EXAMPLE = """example:
+  python -m export.coreml runs/pruned -o bundle
+  python -m export.coreml runs/pruned -o bundle --precision fp16 --golden questions.safetensors --verify 200 --json
+
+BUNDLE/fp16 and BUNDLE/fp32 each hold a vision and a language package and what an application needs beside them.
+"""
+
+
+def parser() -> Parser:
+    """The command line."""
+    parse = Parser(
+        prog=NAME,
+        description="Convert a model to Core ML packages, run what was saved, and compare it with the model.",
+        epilog=EXAMPLE,
+    )
+    parse.add_argument("model", metavar="FOLDER", help="pruned model folder, dense model folder, or a shipped model's name")
+    parse.add_argument("-o", "--out", required=True, type=Path, metavar="BUNDLE", help="folder to write")
+    parse.add_argument("--precision", choices=("fp16", "fp32", "both"), default="both", help="(default: both)")
+    parse.add_argument(
+        "--select",
+        choices=("topk", "rank"),
+        default="topk",
+        help="how tokens are chosen: topk and gather, or pairwise ranks and a one-hot matmul, which the Neural Engine runs "
+        "(default: topk)",
+    )
+    parse.add_argument("--verify", type=count, default=16, metavar="N", help="requests to compare on (default: 16)")
+    parse.add_argument(
+        "--golden",
+        type=Path,
+        metavar="FILE",
+        help="safetensors with pixel_values [n,3,H,W] and metadata 'questions' (JSON list); default: made-up requests",
+    )
+    parse.add_argument("--prompt", metavar="TEMPLATE", help="prompt with the image token and {question} once each")
+    parse.add_argument("--prompt-tokens", type=count, metavar="N", help="longest prompt of a dense model, in text tokens")
+    parse.add_argument("--max-new-tokens", type=count, default=8, metavar="N", help="longest answer (default: 8)")
+    parse.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code: 0 written and right, 1 the packages are not right, 2 bad input."""
+    args = parser().parse_args(argv)
+    quiet_libraries()
+    return run(lambda: _command(args), name=NAME)
+
+
+def _command(args: argparse.Namespace) -> int:
+    from export.coreml.convert import ExportError
+
+    try:
+        result = _export(args)
+    except ExportError as error:
+        print(f"{NAME}: {error} Nothing was written.", file=sys.stderr)
+        return 1
+    if args.json:
+        print_json(result)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from rich.console import Console
+
+    from comp_edge.files import check_writable
+    from export.coreml.build import build_bundle
+    from export.coreml.functions import PRECISIONS
+    from export.reference import load_source, read_requests, synthetic_requests
+
+    begin = time.monotonic()
+    check_writable(args.out)
+    source = load_source(
+        args.model, template=args.prompt, new_tokens=args.max_new_tokens, prompt_tokens=args.prompt_tokens
+    )
+    if args.golden is None:
+        requests = synthetic_requests(source, count=args.verify)
+    else:
+        requests = read_requests(args.golden, source, count=args.verify)
+    precisions = PRECISIONS if args.precision == "both" else (args.precision,)
+    with progress_bar("exporting") as report:
+        manifests = build_bundle(precisions, source, requests, args.out, selection=args.select, report=report)
+    result = summary(manifests, args.out)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for precision, manifest in manifests.items():
+        for warning in manifest.warnings:
+            console.print(f"[yellow]warning[/]: {warning}")
+        console.print(_line(precision, result))
+    return {**result, "select": args.select, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def summary(manifests: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """What `--json` prints of an exported bundle; null for a precision that was not asked for.
+
+    Args:
+        manifests: by precision, see `build_bundle`.
+    """
+    verified = {precision: manifest.verification for precision, manifest in manifests.items()}
+    # The agreement of the precision that devices run, where it was exported.
+    main = verified.get("fp16") or verified["fp32"]
+    declared = main.details["declared"]
+    return {
+        "path": str(out),
+        **{f"{precision}_max_abs_error": _largest(verified.get(precision)) for precision in ("fp32", "fp16")},
+        "fp16_declared_max_abs_error": _declared(verified.get("fp16")),
+        "fp32_declared_max_abs_error": _declared(verified.get("fp32")),
+        "kept_set_agreement": main.details["kept_sets"]["agreement"],
+        "kept_sets": main.details["kept_sets"],
+        "tokens_equal": all(one.tokens_equal for one in verified.values()),
+        "declared_tokens_matched": declared["tokens_matched"],
+        "questions": main.questions,
+        "bundles": {
+            precision: {
+                "path": str(out / precision),
+                "bytes": {
+                    name: sum(file.stat().st_size for file in (out / precision / name).rglob("*") if file.is_file())
+                    for name in sorted({method.file for method in manifest.methods})
+                },
+                **manifest.verification.model_dump(mode="json"),
+            }
+            for precision, manifest in manifests.items()
+        },
+        "warnings": [warning for manifest in manifests.values() for warning in manifest.warnings],
+    }
+
+
+def _largest(verification: Any) -> float | None:
+    """Largest error of logits and image features."""
+    if verification is None:
+        return None
+    return max(verification.max_abs_error, verification.details["image_features_max_abs_error"])
+
+
+def _declared(verification: Any) -> float | None:
+    if verification is None:
+        return None
+    errors = [verification.details["declared"][key] for key in ("max_abs_error", "image_features_max_abs_error")]
+    return None if None in errors else max(errors)
+
+
+def _line(precision: str, result: Mapping[str, Any]) -> str:
+    bundle = result["bundles"][precision]
+    declared, kept = bundle["details"]["declared"], bundle["details"]["kept_sets"]
+    rounded = result[f"{precision}_declared_max_abs_error"]
+    size, questions = sum(bundle["bytes"].values()) / 1e6, bundle["questions"]
+    return (
+        f"{precision}: {bundle['path']} ({size:.2f} MB), largest error {result[f'{precision}_max_abs_error']:.1e} (at most "
+        f"{bundle['tolerance']:.0e}), tokens equal on {bundle['matched']} of {questions} requests; rounded as declared: "
+        f"{'not comparable' if rounded is None else f'error {rounded:.1e}'}, tokens {declared['tokens_matched']} of "
+        f"{questions}, kept sets {kept['agreeing']} of {kept['compared']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
