@@ -35,12 +35,12 @@ class PruneConfig:
     """
 
     stages: int = 16
-    stage_steps: int = 24
+    stage_steps: int = 20
     final_steps: int = 400
     lr: float = 5e-4
     matrix_lr: float = 1.5e-3
     val_examples: int = 500
-    calibration_batches: int = 4
+    calibration_batches: int = 2
     modes: tuple[str, ...] | None = None
     cip: bool = True
     cit: bool = True

@@ -98,8 +98,7 @@ def _without_alpha(translate: Translation) -> Translation:
         alpha = _keyword(context, node, "alpha", 1)
         if alpha != 1:
             raise UnsupportedOperatorError(
-                f"{node.kind}(alpha={alpha}) would lose its alpha in Core ML; "
-                "multiply the second operand instead"
+                f"{node.kind}(alpha={alpha}) would lose its alpha in Core ML; multiply the second operand instead"
             )
         translate(context, node)
 

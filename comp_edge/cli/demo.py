@@ -31,6 +31,10 @@ examples:
 """
 
 
+class StepFailed(RuntimeError):
+    """A step of the demo did not end well; that is not the user's doing."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of the demo, and about how long it takes on two cores (for the time left)."""
@@ -112,8 +116,12 @@ def run(arguments: Any) -> int:
     out: Path = arguments.out
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    with common.progress_bar("demo") as update:
-        result = _steps(out, arguments, _Clock(update))
+    try:
+        with common.progress_bar("demo") as update:
+            result = _steps(out, arguments, _Clock(update))
+    except StepFailed as error:
+        print(f"comp-edge demo: {error}", file=sys.stderr)
+        return 1
     if arguments.json:
         common.print_json(result)
     else:
@@ -135,7 +143,10 @@ def _steps(out: Path, arguments: Any, clock: _Clock) -> dict[str, Any]:
         ("export.executorch", [pruned, "-o", executorch, "--verify", QUESTIONS, *golden]),
         ("export.coreml", [pruned, "-o", coreml, *golden]),
         # The dense model is what the pruned one is timed against: same runtime, same profile, same prompt length.
-        ("export.executorch", [MODEL, "-o", dense, "--profile", "scheduled", "--prompt-tokens", prompt_tokens, *golden]),
+        (
+            "export.executorch",
+            [MODEL, "-o", dense, "--profile", "scheduled", "--prompt-tokens", prompt_tokens, *golden],
+        ),
     ]
     with clock.ticking("exports"), ThreadPoolExecutor(max_workers=2) as pool:
         lowered, apple, _ = pool.map(lambda export: _json_of(*export), exports)
@@ -241,7 +252,7 @@ def _json_of(module: str, arguments: Sequence[Any]) -> dict[str, Any]:
     """Run `python -m module ... --json` and decode what it prints.
 
     Raises:
-        InputError: it failed; with the last thing that it said.
+        StepFailed: it failed; with the last thing that it said.
     """
     command = [sys.executable, "-m", module, *map(str, arguments), "--json"]
     with tempfile.TemporaryFile("w+") as errors:
@@ -253,7 +264,7 @@ def _json_of(module: str, arguments: Sequence[Any]) -> dict[str, Any]:
     # The conformance tests print their findings also when something failed, and exit with 1.
     if done.returncode == 0 or module == "runtime_tests" and done.returncode == 1 and done.stdout.strip():
         return json.loads(done.stdout)
-    raise InputError(f"`{' '.join(command[1:])}` failed: {said[-1] if said else f'exit code {done.returncode}'}")
+    raise StepFailed(f"`{' '.join(command[1:])}` failed: {said[-1] if said else f'exit code {done.returncode}'}")
 
 
 def _first_token(bundle: dict[str, Any]) -> float:

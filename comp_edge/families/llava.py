@@ -108,50 +108,40 @@ class Llava(Family):
 
 
 def _clip_layer(layer: Any) -> LayerView:
-    attn, mlp = layer.self_attn, layer.mlp
-    return LayerView(
-        module=layer,
-        norm_attn=layer.layer_norm1,
-        attn=None
-        if isinstance(attn, SkippedAttention)
-        else AttentionView(
-            module=attn,
-            q=attn.q_proj,
-            k=attn.k_proj,
-            v=attn.v_proj,
-            out=attn.out_proj,
-            head_dim=attn.head_dim,
-            scale=attn.scale,
-        ),
-        norm_mlp=layer.layer_norm2,
-        mlp=None
-        if isinstance(mlp, SkippedMlp)
-        else MlpView(module=mlp, up=(mlp.fc1,), down=mlp.fc2, act=mlp.activation_fn),
-        attn_rest=attn.bias if isinstance(attn, SkippedAttention) else None,
-        mlp_rest=mlp.bias if isinstance(mlp, SkippedMlp) else None,
-    )
+    return _view(layer, norms=("layer_norm1", "layer_norm2"), out="out_proj", scale="scale", up=("fc1",), down="fc2",
+                 act="activation_fn")  # fmt: skip
 
 
 def _llama_layer(layer: Any) -> LayerView:
+    return _view(layer, norms=("input_layernorm", "post_attention_layernorm"), out="o_proj", scale="scaling",
+                 up=("gate_proj", "up_proj"), down="down_proj", act="act_fn")  # fmt: skip
+
+
+def _view(
+    layer: Any, *, norms: tuple[str, str], out: str, scale: str, up: tuple[str, ...], down: str, act: str
+) -> LayerView:
     attn, mlp = layer.self_attn, layer.mlp
+    no_attn, no_mlp = isinstance(attn, SkippedAttention), isinstance(mlp, SkippedMlp)
     return LayerView(
         module=layer,
-        norm_attn=layer.input_layernorm,
+        norm_attn=getattr(layer, norms[0]),
         attn=None
-        if isinstance(attn, SkippedAttention)
+        if no_attn
         else AttentionView(
             module=attn,
             q=attn.q_proj,
             k=attn.k_proj,
             v=attn.v_proj,
-            out=attn.o_proj,
+            out=getattr(attn, out),
             head_dim=attn.head_dim,
-            scale=attn.scaling,
+            scale=getattr(attn, scale),
         ),
-        norm_mlp=layer.post_attention_layernorm,
+        norm_mlp=getattr(layer, norms[1]),
         mlp=None
-        if isinstance(mlp, SkippedMlp)
-        else MlpView(module=mlp, up=(mlp.gate_proj, mlp.up_proj), down=mlp.down_proj, act=mlp.act_fn),
-        attn_rest=attn.bias if isinstance(attn, SkippedAttention) else None,
-        mlp_rest=mlp.bias if isinstance(mlp, SkippedMlp) else None,
+        if no_mlp
+        else MlpView(
+            module=mlp, up=tuple(getattr(mlp, name) for name in up), down=getattr(mlp, down), act=getattr(mlp, act)
+        ),
+        attn_rest=attn.bias if no_attn else None,
+        mlp_rest=mlp.bias if no_mlp else None,
     )

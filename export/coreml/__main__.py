@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comp_edge.cli.common import Parser, count, print_json, progress_bar, quiet_libraries, run
+from comp_edge.cli.common import Parser, print_json, progress_bar, quiet_libraries, run
+from export.arguments import add_common, load_requests
 
 NAME = "python -m export.coreml"
 EXAMPLE = """example:
@@ -27,8 +28,7 @@ def parser() -> Parser:
         description="Convert a model to Core ML packages, run what was saved, and compare it with the model.",
         epilog=EXAMPLE,
     )
-    parse.add_argument("model", metavar="FOLDER", help="pruned model folder, dense model folder, or a shipped model's name")
-    parse.add_argument("-o", "--out", required=True, type=Path, metavar="BUNDLE", help="folder to write")
+    add_common(parse)
     parse.add_argument("--precision", choices=("fp16", "fp32", "both"), default="both", help="(default: both)")
     parse.add_argument(
         "--select",
@@ -37,17 +37,6 @@ def parser() -> Parser:
         help="how tokens are chosen: topk and gather, or pairwise ranks and a one-hot matmul, which the Neural Engine runs "
         "(default: topk)",
     )
-    parse.add_argument("--verify", type=count, default=16, metavar="N", help="requests to compare on (default: 16)")
-    parse.add_argument(
-        "--golden",
-        type=Path,
-        metavar="FILE",
-        help="safetensors with pixel_values [n,3,H,W] and metadata 'questions' (JSON list); default: made-up requests",
-    )
-    parse.add_argument("--prompt", metavar="TEMPLATE", help="prompt with the image token and {question} once each")
-    parse.add_argument("--prompt-tokens", type=count, metavar="N", help="longest prompt of a dense model, in text tokens")
-    parse.add_argument("--max-new-tokens", type=count, default=8, metavar="N", help="longest answer (default: 8)")
-    parse.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parse
 
 
@@ -74,20 +63,11 @@ def _command(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
-    from comp_edge.files import check_writable
     from export.coreml.build import build_bundle
     from export.coreml.functions import PRECISIONS
-    from export.reference import load_source, read_requests, synthetic_requests
 
     begin = time.monotonic()
-    check_writable(args.out)
-    source = load_source(
-        args.model, template=args.prompt, new_tokens=args.max_new_tokens, prompt_tokens=args.prompt_tokens
-    )
-    if args.golden is None:
-        requests = synthetic_requests(source, count=args.verify)
-    else:
-        requests = read_requests(args.golden, source, count=args.verify)
+    source, requests = load_requests(args)
     precisions = PRECISIONS if args.precision == "both" else (args.precision,)
     with progress_bar("exporting") as report:
         manifests = build_bundle(precisions, source, requests, args.out, selection=args.select, report=report)

@@ -110,9 +110,7 @@ def _verified(
     if outcome.failures:
         raise ExportError(f"The {precision} package is not right: {'; '.join(outcome.failures)}.")
     write_golden(bundle.path(GOLDEN_FILE), expected.take(outcome.clear[:GOLDEN_KEPT]))
-    return finish_bundle(
-        bundle.folder, **fields, verification=outcome.verification, warnings=outcome.warnings
-    )
+    return finish_bundle(bundle.folder, **fields, verification=outcome.verification, warnings=outcome.warnings)
 
 
 def _manifest_fields(source: Source, modules: Modules, precision: Precision) -> dict:

@@ -33,7 +33,9 @@ def export_programs(modules: Modules, specs: Mapping[str, MethodSpec]) -> dict[s
     """The traced program of each method; one serves every precision."""
     with _quiet(), torch.no_grad():
         return {
-            name: torch.export.export(modules.by_method[name], example_inputs(spec), strict=False).run_decompositions({})
+            name: torch.export.export(modules.by_method[name], example_inputs(spec), strict=False).run_decompositions(
+                {}
+            )
             for name, spec in specs.items()
         }
 

@@ -80,10 +80,13 @@ class MilEngine:
         self._methods = {method.name: method for method in bundle.manifest.methods}
         packages = {name: Package(bundle.path(name)) for name in {method.file for method in self._methods.values()}}
         self._interpreters = {
-            name: Interpreter(packages[method.file], method.function, precision) for name, method in self._methods.items()
+            name: Interpreter(packages[method.file], method.function, precision)
+            for name, method in self._methods.items()
         }
         self._states = {
-            method.file: self._interpreters[name].make_state() for name, method in self._methods.items() if method.states
+            method.file: self._interpreters[name].make_state()
+            for name, method in self._methods.items()
+            if method.states
         }
         self._selection, self._watch = selection, watch
         self.kept: dict[str, list[tuple[int, ...]]] = {}

@@ -12,7 +12,7 @@ from export.coreml.functions import Precision
 EXAMPLE_FILE = "CoreMLExample.swift"
 
 # Prefill and decode are two MLModels that read and write one MLState, as Core ML allows where the states are the same.
-_TEMPLATE = Template('''\
+_TEMPLATE = Template("""\
 // How to run this bundle with Core ML (iOS 18, macOS 15 or later; Float16 needs Apple silicon).
 //
 // Written with the bundle and NOT compiled or run: it was made on a machine without Xcode. The packages themselves were
@@ -137,7 +137,7 @@ final class VisionLanguageModel {
         Int32(values.indices.max { values[$$0] < values[$$1] }!)
     }
 }
-''')
+""")
 
 
 def swift_example(specs: Mapping[str, MethodSpec], prompt: PromptSpec, precision: Precision) -> str:

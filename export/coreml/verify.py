@@ -217,11 +217,11 @@ def _failures(result: Verification, right: Comparison, wrong: Sequence[str], cle
     found = _too_large(right, result.tolerance)
     # A flip at an ambiguous cut may change an answer; more wrong answers than ambiguous requests are an error.
     if len(wrong) > result.ambiguous:
-        found.append(
-            f"generated tokens differ for {len(wrong)} of {result.questions} questions, first {wrong[0]!r}"
-        )
+        found.append(f"generated tokens differ for {len(wrong)} of {result.questions} questions, first {wrong[0]!r}")
     if not clear and not found:
-        found.append("every request has a token drop that rounding decides, so nothing was compared; give other requests")
+        found.append(
+            "every request has a token drop that rounding decides, so nothing was compared; give other requests"
+        )
     return found
 
 

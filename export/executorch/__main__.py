@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from comp_edge.cli.common import Parser, count, print_json, progress_bar, quiet_libraries, run
+from comp_edge.cli.common import Parser, print_json, progress_bar, quiet_libraries, run
+from export.arguments import add_common, load_requests
 
 NAME = "python -m export.executorch"
 EXAMPLE = """example:
@@ -24,29 +24,13 @@ def parser() -> Parser:
         description="Lower a model to ExecuTorch (XNNPACK, fp32), load the program back and compare it with the model.",
         epilog=EXAMPLE,
     )
-    parse.add_argument(
-        "model", metavar="FOLDER", help="pruned model folder, dense model folder, or a shipped model's name"
-    )
-    parse.add_argument("-o", "--out", required=True, type=Path, metavar="BUNDLE", help="folder to write")
+    add_common(parse)
     parse.add_argument(
         "--profile",
         choices=("stock", "scheduled", "both"),
         default="both",
         help="stock: for ExecuTorch's MultimodalRunner; scheduled: tokens dropped in the language model too (default: both)",
     )
-    parse.add_argument("--verify", type=count, default=16, metavar="N", help="requests to compare on (default: 16)")
-    parse.add_argument(
-        "--golden",
-        type=Path,
-        metavar="FILE",
-        help="safetensors with pixel_values [n,3,H,W] and metadata 'questions' (JSON list); default: made-up requests",
-    )
-    parse.add_argument("--prompt", metavar="TEMPLATE", help="prompt with the image token and {question} once each")
-    parse.add_argument(
-        "--prompt-tokens", type=count, metavar="N", help="longest prompt of a dense model, in text tokens"
-    )
-    parse.add_argument("--max-new-tokens", type=count, default=8, metavar="N", help="longest answer (default: 8)")
-    parse.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parse
 
 
@@ -73,20 +57,11 @@ def _command(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
-    from comp_edge.files import check_writable
     from export.executorch.build import build_bundle
     from export.executorch.profiles import PROFILES
-    from export.reference import load_source, read_requests, synthetic_requests
 
-    check_writable(args.out)
     console = Console(stderr=True)
-    source = load_source(
-        args.model, template=args.prompt, new_tokens=args.max_new_tokens, prompt_tokens=args.prompt_tokens
-    )
-    if args.golden is None:
-        requests = synthetic_requests(source, count=args.verify)
-    else:
-        requests = read_requests(args.golden, source, count=args.verify)
+    source, requests = load_requests(args)
     profiles = PROFILES if args.profile == "both" else (args.profile,)
     with progress_bar("exporting") as report:
         manifests = build_bundle(profiles, source, requests, args.out, report=report)

@@ -130,9 +130,7 @@ def unpack(raw: bytes, dtype: DType, count: int) -> np.ndarray:
     """
     expected = (count * dtype.bits + 7) // 8
     if len(raw) != expected:
-        raise InputError(
-            f"{count} values of {dtype.name} need {expected} bytes, the package stores {len(raw)}"
-        )
+        raise InputError(f"{count} values of {dtype.name} need {expected} bytes, the package stores {len(raw)}")
     if dtype.storage is not None:
         return np.frombuffer(raw, dtype=dtype.storage, count=count)
     bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little")[: count * dtype.bits]

@@ -13,9 +13,7 @@ class UnknownOpError(RuntimeError):
     """The program uses an operation that the interpreter does not know, so nothing can be said about it."""
 
     def __init__(self, *, op: str, output: str, function: str) -> None:
-        super().__init__(
-            f"MIL op '{op}' (output '{output}', function '{function}') is not known to the interpreter"
-        )
+        super().__init__(f"MIL op '{op}' (output '{output}', function '{function}') is not known to the interpreter")
         self.op = op
         self.output = output
         self.function = function

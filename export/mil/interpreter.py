@@ -108,9 +108,7 @@ class Interpreter:
 
     def make_state(self) -> State:
         """A fresh state: zeros for each state of the function (none for a stateless one)."""
-        return State(
-            {p.name: torch.zeros(_fixed(p), dtype=self._carrier(p.dtype)) for p in self.signature.states}
-        )
+        return State({p.name: torch.zeros(_fixed(p), dtype=self._carrier(p.dtype)) for p in self.signature.states})
 
     def op_counts(self) -> Counter[str]:
         """How often each op type occurs in the function, constants and weight decompression not counted."""
@@ -131,9 +129,7 @@ class Interpreter:
         if not isinstance(value, Tensor):
             raise InputError(f"input '{port.name}' is a {type(value).__name__}; expected a torch.Tensor")
         if not _fits(value.shape, port.shape):
-            raise InputError(
-                f"input '{port.name}' has shape {list(value.shape)}; expected {_show(port.shape)}"
-            )
+            raise InputError(f"input '{port.name}' has shape {list(value.shape)}; expected {_show(port.shape)}")
         if kind_of(value) != port.dtype.kind:
             raise InputError(f"input '{port.name}' is {value.dtype}; expected {port.dtype.name}")
         value = value.detach().cpu()
@@ -149,16 +145,12 @@ class Interpreter:
             return {}
         names = ", ".join(port.name for port in self.signature.states)
         if state is None:
-            raise InputError(
-                f"function '{self.signature.name}' has the states {names}; give run() a make_state()"
-            )
+            raise InputError(f"function '{self.signature.name}' has the states {names}; give run() a make_state()")
         slots = {}
         for port in self.signature.states:
             tensor = state.tensors.get(port.name)
             if tensor is None:
-                raise InputError(
-                    f"the state given lacks '{port.name}'; function '{self.signature.name}' has {names}"
-                )
+                raise InputError(f"the state given lacks '{port.name}'; function '{self.signature.name}' has {names}")
             if tuple(tensor.shape) != _fixed(port) or tensor.dtype != self._carrier(port.dtype):
                 raise InputError(
                     f"state '{port.name}' is {tensor.dtype} {list(tensor.shape)}; expected "
@@ -183,9 +175,7 @@ class Interpreter:
                 del env[name]
         return [block.constants[name] if name in block.constants else env[name] for name in block.outputs]
 
-    def _evaluate(
-        self, instruction: Instruction, env: MutableMapping[str, Any], trace: Trace | None
-    ) -> list[Tensor]:
+    def _evaluate(self, instruction: Instruction, env: MutableMapping[str, Any], trace: Trace | None) -> list[Tensor]:
         values = {
             name: [env[value.name] if isinstance(value, Ref) else value for value in items]
             for name, items in instruction.arguments.items()
@@ -201,12 +191,8 @@ class Interpreter:
         )
         results = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
         if len(results) != len(instruction.outputs):
-            raise ExecutionError(
-                f"gives {len(results)} results, the program takes {len(instruction.outputs)}"
-            )
-        results = [
-            self._conform(value, output) for value, output in zip(results, instruction.outputs, strict=True)
-        ]
+            raise ExecutionError(f"gives {len(results)} results, the program takes {len(instruction.outputs)}")
+        results = [self._conform(value, output) for value, output in zip(results, instruction.outputs, strict=True)]
         if trace is not None and trace.wants(instruction):
             inputs = {name: items[0] if len(items) == 1 else items for name, items in values.items()}
             outputs = dict(zip((output.name for output in instruction.outputs), results, strict=True))
@@ -217,14 +203,11 @@ class Interpreter:
         """Checks a result against its declared type and stores it as this precision wants."""
         if not _fits(value.shape, output.shape):
             raise ExecutionError(
-                f"the result '{output.name}' has shape {list(value.shape)}, "
-                f"the program declares {_show(output.shape)}"
+                f"the result '{output.name}' has shape {list(value.shape)}, the program declares {_show(output.shape)}"
             )
         kind = kind_of(value)
         if kind != output.dtype.kind:
-            raise ExecutionError(
-                f"the result '{output.name}' is {kind}, the program declares {output.dtype.name}"
-            )
+            raise ExecutionError(f"the result '{output.name}' is {kind}, the program declares {output.dtype.name}")
         if kind == "int":
             # int32 in int32 is by far the most common and cannot be out of range.
             return (
@@ -249,15 +232,11 @@ class Interpreter:
             with torch.no_grad():
                 return self._evaluate(instruction, {}, None)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise InputError(
-                f"{instruction.label}: the compressed weight is inconsistent: {error}"
-            ) from error
+            raise InputError(f"{instruction.label}: the compressed weight is inconsistent: {error}") from error
 
 
 def _fits(shape: Sequence[int], declared: Shape) -> bool:
-    return len(shape) == len(declared) and all(
-        d is None or d == s for s, d in zip(shape, declared, strict=True)
-    )
+    return len(shape) == len(declared) and all(d is None or d == s for s, d in zip(shape, declared, strict=True))
 
 
 def _show(shape: Shape) -> str:

@@ -81,9 +81,7 @@ def _real_div(call: Call) -> Tensor:
         return x / y
     # The result is declared as an integer, and the specification does not say how it is rounded.
     if bool((y == 0).any()) or bool((torch.remainder(x, y) != 0).any()):
-        raise ExecutionError(
-            "a division of integers leaves a remainder; how Core ML rounds it is not specified"
-        )
+        raise ExecutionError("a division of integers leaves a remainder; how Core ML rounds it is not specified")
     return torch.div(x, y, rounding_mode="floor")
 
 

@@ -118,9 +118,7 @@ def _combine(call: Call, positions: Tensor) -> Tensor:
     """Writes `updates` to the flat positions of `data`."""
     data, updates, mode = call.operand("data"), call.operand("updates"), call.text("mode", "add")
     if updates.shape != positions.shape:
-        raise ExecutionError(
-            f"the updates have shape {list(updates.shape)}, expected {list(positions.shape)}"
-        )
+        raise ExecutionError(f"the updates have shape {list(updates.shape)}, expected {list(positions.shape)}")
     flat, where, source = data.reshape(-1), positions.reshape(-1), updates.reshape(-1)
     if mode == "update":
         if where.unique().numel() != where.numel():
@@ -153,9 +151,7 @@ def _topk(call: Call) -> list[Tensor]:
 @HANDLERS.op("argsort")
 def _argsort(call: Call) -> Tensor:
     descending = not call.scalar("ascending", False)
-    return torch.sort(
-        call.stored("x"), dim=call.scalar("axis", -1), descending=descending, stable=True
-    ).indices
+    return torch.sort(call.stored("x"), dim=call.scalar("axis", -1), descending=descending, stable=True).indices
 
 
 @HANDLERS.op("non_zero")

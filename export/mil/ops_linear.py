@@ -88,11 +88,7 @@ def _avg_pool(call: Call) -> Tensor:
     if ceil_mode:
         raise ExecutionError("ceil_mode with asymmetric padding")
     averages = pool(_pad(x, padding, 0.0), kernel, strides)
-    return (
-        averages
-        if count_padding
-        else averages / pool(_pad(torch.ones_like(x), padding, 0.0), kernel, strides)
-    )
+    return averages if count_padding else averages / pool(_pad(torch.ones_like(x), padding, 0.0), kernel, strides)
 
 
 def _pool_arguments(call: Call) -> tuple[Tensor, list[int], list[int], list[tuple[int, int]]]:
@@ -106,9 +102,7 @@ def _pool_arguments(call: Call) -> tuple[Tensor, list[int], list[int], list[tupl
     return x, kernel, strides, padding
 
 
-def _padding(
-    call: Call, sizes: Sequence[int], windows: Sequence[int], strides: Sequence[int]
-) -> list[tuple[int, int]]:
+def _padding(call: Call, sizes: Sequence[int], windows: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
     """(before, after) per spatial dimension. "same": ceil(size / stride) outputs, an odd one goes after."""
     kind = call.text("pad_type", "valid").lower()
     if kind == "valid":

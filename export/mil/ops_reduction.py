@@ -45,9 +45,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
 def _reduce(call: Call) -> Tensor:
     x = call.operand("x")
     axes = call.ints("axes", None)
-    return _REDUCTIONS[call.op](
-        x, list(range(x.dim())) if axes is None else axes, call.scalar("keep_dims", False)
-    )
+    return _REDUCTIONS[call.op](x, list(range(x.dim())) if axes is None else axes, call.scalar("keep_dims", False))
 
 
 @HANDLERS.op("reduce_argmax", "reduce_argmin")

@@ -141,10 +141,7 @@ def _slices(call: Call, x: Tensor) -> tuple[list[range], list[int]]:
 def _take(x: Tensor, positions: list[range]) -> Tensor:
     for d, selected in enumerate(positions):
         if selected.step > 0:
-            x = x[
-                (slice(None),) * d
-                + (slice(selected.start, max(selected.stop, selected.start), selected.step),)
-            ]
+            x = x[(slice(None),) * d + (slice(selected.start, max(selected.stop, selected.start), selected.step),)]
         else:  # torch has no negative steps
             x = x.index_select(d, torch.tensor(list(selected), dtype=torch.long))
     return x
@@ -191,9 +188,7 @@ def _pad(call: Call) -> Tensor:
         raise ExecutionError(f"the padding {pad} does not fit a tensor of rank {x.dim()}")
     if mode == "constant":
         value = call.scalar("constant_val", 0)
-        shape = [
-            size + (sum(pad[2 * (d - first) :][:2]) if d >= first else 0) for d, size in enumerate(x.shape)
-        ]
+        shape = [size + (sum(pad[2 * (d - first) :][:2]) if d >= first else 0) for d, size in enumerate(x.shape)]
         y = torch.full(shape, value, dtype=x.dtype)
         inner = tuple(
             slice(pad[2 * (d - first)], pad[2 * (d - first)] + size) if d >= first else slice(None)

@@ -41,9 +41,7 @@ def _upsample_nearest(call: Call) -> Tensor:
     for axis, name in ((2, "scale_factor_height"), (3, "scale_factor_width")):
         factor = call.scalar(name, 1)
         if factor != int(factor):
-            raise ExecutionError(
-                f"{name} is {factor}; what Core ML repeats is specified for whole factors only"
-            )
+            raise ExecutionError(f"{name} is {factor}; what Core ML repeats is specified for whole factors only")
         x = x.repeat_interleave(int(factor), axis)
     return x
 

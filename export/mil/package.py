@@ -79,18 +79,14 @@ class Package:
         """
         name = function or self.default_function
         if name not in self.functions:
-            raise InputError(
-                f"'{self.path}' has no function '{name}'; it has {', '.join(sorted(self.functions))}"
-            )
+            raise InputError(f"'{self.path}' has no function '{name}'; it has {', '.join(sorted(self.functions))}")
         return self.functions[name]
 
     def block(self, function: str) -> "proto.MIL_pb2.Block":
         """The protobuf of a function's body."""
         body = self._spec.mlProgram.functions[function]
         if body.opset not in body.block_specializations:
-            raise InputError(
-                f"function '{function}' of '{self.path}' has no body for its opset '{body.opset}'"
-            )
+            raise InputError(f"function '{function}' of '{self.path}' has no body for its opset '{body.opset}'")
         return body.block_specializations[body.opset]
 
     def _signature(self, name: str, described: object) -> FunctionSignature:
@@ -112,9 +108,7 @@ class Package:
         outputs = []
         for output in block.outputs:
             if output not in types:
-                raise InputError(
-                    f"function '{name}' of '{self.path}' returns '{output}', which nothing computes"
-                )
+                raise InputError(f"function '{name}' of '{self.path}' returns '{output}', which nothing computes")
             outputs.append(_port(output, types[output], is_image=output in images))
         return FunctionSignature(name, body.opset, tuple(inputs), tuple(outputs), tuple(states))
 
@@ -127,9 +121,7 @@ def tensor_type(value_type: "proto.MIL_pb2.ValueType") -> tuple[DType, Shape]:
     tensor = value_type.tensorType
     if tensor.rank != len(tensor.dimensions):
         raise InputError("the program declares a tensor of variable rank, which is not supported")
-    shape = tuple(
-        d.constant.size if d.WhichOneof("dimension") == "constant" else None for d in tensor.dimensions
-    )
+    shape = tuple(d.constant.size if d.WhichOneof("dimension") == "constant" else None for d in tensor.dimensions)
     return dtype_from_proto(tensor.dataType), shape
 
 
@@ -147,18 +139,14 @@ def _model_path(path: Path) -> Path:
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(
-            f"'{path}' is not an .mlpackage: cannot read Manifest.json ({error.strerror})"
-        ) from error
+        raise InputError(f"'{path}' is not an .mlpackage: cannot read Manifest.json ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"'{manifest_path}' is not valid JSON: {error}") from error
     try:
         entries = {key: str(entry["path"]) for key, entry in manifest["itemInfoEntries"].items()}
         root = entries[manifest["rootModelIdentifier"]]
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"'{manifest_path}' names no root model (itemInfoEntries, rootModelIdentifier)"
-        ) from error
+        raise InputError(f"'{manifest_path}' names no root model (itemInfoEntries, rootModelIdentifier)") from error
     data = path / "Data"
     for entry in entries.values():
         parts = PurePosixPath(entry)

@@ -93,9 +93,7 @@ class Trace:
 
     def wants(self, instruction: Instruction) -> bool:
         """Whether the operation was selected."""
-        return instruction.op in self._ops or any(
-            output.name in self._outputs for output in instruction.outputs
-        )
+        return instruction.op in self._ops or any(output.name in self._outputs for output in instruction.outputs)
 
 
 FoldConstant = Callable[[Instruction], list[Tensor]]
@@ -180,9 +178,7 @@ class _Compiler:
         fixed = {name: constants[name] for name in outputs if name in constants}
         return Block(inputs, outputs, tuple(instructions), fixed)
 
-    def _check_new(
-        self, names: tuple[str, ...], *, constants: MutableMapping[str, Constant], known: set[str]
-    ) -> None:
+    def _check_new(self, names: tuple[str, ...], *, constants: MutableMapping[str, Constant], known: set[str]) -> None:
         for name in names:
             if name in constants or name in known:
                 raise InputError(f"function '{self.function}' defines '{name}' twice")
@@ -191,9 +187,7 @@ class _Compiler:
         if "val" not in op.attributes:
             raise InputError(f"the constant '{output.name}' has no value")
         value = decode(op.attributes["val"], self.package.weights)
-        if isinstance(value, Tensor) and (
-            tuple(value.shape) != output.shape or value.dtype != output.dtype.carrier
-        ):
+        if isinstance(value, Tensor) and (tuple(value.shape) != output.shape or value.dtype != output.dtype.carrier):
             raise InputError(
                 f"the constant '{output.name}' is declared {output.dtype.name} {list(output.shape)} "
                 f"and stores {value.dtype} {list(value.shape)}"
@@ -209,9 +203,7 @@ class _Compiler:
             raise UnknownOpError(op=op.type, output=output, function=self.function)
         # Compressed weights keep their arguments in attributes up to iOS 17 and in inputs from iOS 18 on.
         arguments: dict[str, list] = {
-            name: [decode(value, self.package.weights)]
-            for name, value in op.attributes.items()
-            if name != "name"
+            name: [decode(value, self.package.weights)] for name, value in op.attributes.items() if name != "name"
         }
         for name, argument in op.inputs.items():
             arguments[name] = [
@@ -260,9 +252,7 @@ def _output(value: "proto.MIL_pb2.NamedValueType") -> Output:
 
 
 def _used(instruction: Instruction) -> set[str]:
-    names = {
-        value.name for values in instruction.arguments.values() for value in values if isinstance(value, Ref)
-    }
+    names = {value.name for values in instruction.arguments.values() for value in values if isinstance(value, Ref)}
     for block in instruction.blocks:
         names |= set(block.outputs)
         for inner in block.instructions:

@@ -51,9 +51,7 @@ class WeightStore:
         self._dir = model_dir
         self._cache: dict[tuple[str, int], Tensor] = {}
 
-    def read(
-        self, reference: "proto.MIL_pb2.Value.BlobFileValue", *, dtype: DType, shape: tuple[int, ...]
-    ) -> Tensor:
+    def read(self, reference: "proto.MIL_pb2.Value.BlobFileValue", *, dtype: DType, shape: tuple[int, ...]) -> Tensor:
         """The constant at a reference, decoded once.
 
         Returns: a tensor of `shape`; shared between callers, so it must not be changed.
@@ -68,9 +66,7 @@ class WeightStore:
             array = unpack(self._bytes(reference, dtype), dtype, math.prod(shape))
             tensor = self._cache[key] = _to_tensor(array, dtype).reshape(shape)
         if tensor.dtype != dtype.carrier or tensor.numel() != math.prod(shape):
-            raise InputError(
-                f"the constant at offset {key[1]} of '{key[0]}' is declared with two different types"
-            )
+            raise InputError(f"the constant at offset {key[1]} of '{key[0]}' is declared with two different types")
         return tensor.reshape(shape)
 
     def _bytes(self, reference: "proto.MIL_pb2.Value.BlobFileValue", dtype: DType) -> bytes:
@@ -82,23 +78,17 @@ class WeightStore:
                 file.seek(0)
                 head = file.read(_HEADER.size)
                 if len(head) < _HEADER.size or _HEADER.unpack(head)[1] != _VERSION:
-                    raise InputError(
-                        f"'{reference.fileName}' is not a Core ML weight file of version {_VERSION}"
-                    )
+                    raise InputError(f"'{reference.fileName}' is not a Core ML weight file of version {_VERSION}")
                 file.seek(min(reference.offset, size))
                 record = file.read(_RECORD.size)
                 if len(record) < _RECORD.size:
-                    raise InputError(
-                        f"the package's weights are truncated: nothing at {where} ({size} bytes)"
-                    )
+                    raise InputError(f"the package's weights are truncated: nothing at {where} ({size} bytes)")
                 sentinel, blob_type, length, start, _ = _RECORD.unpack(record)
                 if sentinel != _SENTINEL:
                     raise InputError(f"the package's weights are corrupt: no constant begins at {where}")
                 if _BLOB_TYPES.get(blob_type) != dtype.name:
                     stored = _BLOB_TYPES.get(blob_type, f"unknown type {blob_type}")
-                    raise InputError(
-                        f"the constant at {where} is {stored}, the program declares {dtype.name}"
-                    )
+                    raise InputError(f"the constant at {where} is {stored}, the program declares {dtype.name}")
                 if start + length > size:
                     raise InputError(
                         f"the package's weights are truncated: the constant at {where} ends at byte "
@@ -107,9 +97,7 @@ class WeightStore:
                 file.seek(start)
                 return file.read(length)
         except OSError as error:
-            raise InputError(
-                f"cannot read the weight file '{reference.fileName}': {error.strerror}"
-            ) from error
+            raise InputError(f"cannot read the weight file '{reference.fileName}': {error.strerror}") from error
 
     def _path(self, name: str) -> Path:
         relative = PurePosixPath(name.removeprefix(_PREFIX))

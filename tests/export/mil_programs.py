@@ -40,16 +40,13 @@ def build_package(
     """
     program = Program()
     placeholders = {
-        name: mb.placeholder(shape=tuple(value.shape), dtype=_TYPES[value.dtype])
-        for name, value in inputs.items()
+        name: mb.placeholder(shape=tuple(value.shape), dtype=_TYPES[value.dtype]) for name, value in inputs.items()
     }
     for name, shape in (states or {}).items():
         placeholders[name] = mb.state_tensor_placeholder(shape=shape, dtype=types.fp16)
     with Function(placeholders, opset_version=target) as function:
         values = {
-            name: mb.cast(x=value, dtype="bool")
-            if name in inputs and inputs[name].dtype == torch.bool
-            else value
+            name: mb.cast(x=value, dtype="bool") if name in inputs and inputs[name].dtype == torch.bool else value
             for name, value in function.inputs.items()
         }
         function.set_outputs(list(build(**values)))
@@ -57,9 +54,7 @@ def build_package(
     return save(program, folder, target=target, fp16=fp16)
 
 
-def save(
-    source: object, folder: Path, *, target: ct.target = ct.target.iOS18, fp16: bool = False, **options
-) -> Path:
+def save(source: object, folder: Path, *, target: ct.target = ct.target.iOS18, fp16: bool = False, **options) -> Path:
     """Converts a MIL program or an exported torch program and saves it."""
     if isinstance(source, Program) and not fp16:
         options["pass_pipeline"] = ct.PassPipeline.EMPTY
@@ -126,9 +121,7 @@ def assert_equal(result: tuple[list[Tensor], list[Tensor]], *, tolerance: float 
         other = torch.as_tensor(other)
         assert list(one.shape) == list(other.shape)
         if one.is_floating_point():
-            torch.testing.assert_close(
-                one, other.to(one.dtype), atol=tolerance, rtol=tolerance, equal_nan=True
-            )
+            torch.testing.assert_close(one, other.to(one.dtype), atol=tolerance, rtol=tolerance, equal_nan=True)
         else:
             assert torch.equal(one.long(), other.long())
 

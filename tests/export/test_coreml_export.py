@@ -143,7 +143,9 @@ def test_a_package_that_computes_something_else_is_not_written(
     without_conversion, flip_weight, folders, tmp_path, capfd, part, precision
 ):
     without_conversion(lambda folder: flip_weight(folder / f"{part}_{precision}.mlpackage"))
-    code = main([str(folders["pruned"]), "-o", str(tmp_path / "b"), "--precision", precision, "--verify", "2", "--json"])
+    code = main(
+        [str(folders["pruned"]), "-o", str(tmp_path / "b"), "--precision", precision, "--verify", "2", "--json"]
+    )
     out, err = capfd.readouterr()
     assert code == 1 and not out and "is not right" in err and "Nothing was written." in err
     assert list(tmp_path.iterdir()) == []

@@ -43,7 +43,9 @@ def test_specs(source, modules, precision, dtype):
     specs = method_specs(source, modules, precision)
     assert list(specs) == ["vision_encoder", "token_embedding", "prefill", "decode"]
     assert specs["vision_encoder"].file == f"vision_{precision}.mlpackage"
-    assert {specs[name].file for name in ("token_embedding", "prefill", "decode")} == {f"language_{precision}.mlpackage"}
+    assert {specs[name].file for name in ("token_embedding", "prefill", "decode")} == {
+        f"language_{precision}.mlpackage"
+    }
     assert specs["vision_encoder"].inputs[0].dtype == dtype
     assert specs["prefill"].inputs[0].shape == (1, 32, 64)
     assert [port.shape for port in specs["decode"].inputs] == [(1, 1), (1,), (1,)]

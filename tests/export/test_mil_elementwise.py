@@ -178,9 +178,7 @@ def test_integer_division_with_a_remainder_is_refused(tmp_path):
 @pytest.mark.parametrize("value", [70000.0, float("nan"), float("-inf"), -1.0])
 def test_a_cast_out_of_range_is_refused(tmp_path, value):
     values = {"x": torch.tensor([1.0, 65535.0])}
-    interpreter = Interpreter(
-        build_package(tmp_path, values, lambda x: [mb.cast(x=x, dtype="uint16", name="small")])
-    )
+    interpreter = Interpreter(build_package(tmp_path, values, lambda x: [mb.cast(x=x, dtype="uint16", name="small")]))
     assert interpreter.run(values)["small"].tolist() == [1, 65535]
     with pytest.raises(ExecutionError, match="uint16"):
         interpreter.run({"x": torch.tensor([1.0, value])})

@@ -184,9 +184,7 @@ def test_gathers_equal_the_definition(tmp_path_factory, data):
         own = tuple(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=5 - len(shape))))
         size = shape[:batch_dims] + own
         indices = data.draw(
-            st.lists(
-                st.integers(0, shape[axis] - 1), min_size=int(np.prod(size)), max_size=int(np.prod(size))
-            )
+            st.lists(st.integers(0, shape[axis] - 1), min_size=int(np.prod(size)), max_size=int(np.prod(size)))
         )
         cases.append((np.array(indices, np.int32).reshape(size), axis, batch_dims))
 
@@ -196,9 +194,7 @@ def test_gathers_equal_the_definition(tmp_path_factory, data):
             for n, (indices, axis, batch_dims) in enumerate(cases)
         ]
 
-    given_values = Interpreter(build_package(tmp_path_factory.mktemp("gathers"), {"x": x}, build)).run(
-        {"x": x}
-    )
+    given_values = Interpreter(build_package(tmp_path_factory.mktemp("gathers"), {"x": x}, build)).run({"x": x})
     for (indices, axis, batch_dims), value in zip(cases, given_values.values(), strict=True):
         assert np.array_equal(value.numpy(), compute_gather(x.numpy(), indices, axis, batch_dims))
 

@@ -31,9 +31,7 @@ def test_an_unknown_op_is_named(tmp_path):
         next(op for op in block.operations if op.type == "relu").type = "frobnicate"
 
     _edit(package, rename)
-    with pytest.raises(
-        UnknownOpError, match=r"MIL op 'frobnicate' \(output 'y', function 'main'\)"
-    ) as caught:
+    with pytest.raises(UnknownOpError, match=r"MIL op 'frobnicate' \(output 'y', function 'main'\)") as caught:
         Interpreter(package)
     assert (caught.value.op, caught.value.output) == ("frobnicate", "y")
 

@@ -54,11 +54,7 @@ CASES = {
         (lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
     ),
     "attention_bool_mask": (
-        (
-            lambda q, k, v, allowed: mb.scaled_dot_product_attention(
-                query=q, key=k, value=v, attn_mask=allowed
-            )
-        ),
+        (lambda q, k, v, allowed: mb.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=allowed)),
         (lambda q, k, v, allowed: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)),
     ),
     "attention_float_mask": (
@@ -75,11 +71,7 @@ CASES = {
                 x=image, weight=_KG, bias=_KB, groups=2, pad_type="custom", pad=[1, 0, 2, 1], dilations=[1, 2]
             )
         ),
-        (
-            lambda image: F.conv2d(
-                F.pad(image, [2, 1, 1, 0]), _torch(_KG), _torch(_KB), dilation=(1, 2), groups=2
-            )
-        ),
+        (lambda image: F.conv2d(F.pad(image, [2, 1, 1, 0]), _torch(_KG), _torch(_KB), dilation=(1, 2), groups=2)),
     ),
     "conv_same": (
         (lambda image: mb.conv(x=image, weight=_K, strides=[2, 2], pad_type="same")),

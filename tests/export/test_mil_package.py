@@ -107,18 +107,14 @@ def test_not_a_package(tmp_path):
         Package(tmp_path / "empty.mlpackage")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "{}", '{"itemInfoEntries": {}, "rootModelIdentifier": "a"}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"itemInfoEntries": {}, "rootModelIdentifier": "a"}'])
 def test_a_damaged_manifest(package, text):
     (package / "Manifest.json").write_text(text)
     with pytest.raises(InputError, match="is not valid JSON|names no root model"):
         Package(package)
 
 
-@pytest.mark.parametrize(
-    "path", ["../../outside.mlmodel", "/etc/passwd", "com.apple.CoreML/../../../outside", "a\0b"]
-)
+@pytest.mark.parametrize("path", ["../../outside.mlmodel", "/etc/passwd", "com.apple.CoreML/../../../outside", "a\0b"])
 def test_a_manifest_that_leads_out_of_the_package(package, path):
     def change(manifest):
         manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = path

@@ -45,9 +45,7 @@ def _pruned_and_quantized(model):
 
 def _quantized_table(model):
     table = cto.palettize_weights(model, _config(cto.OpPalettizerConfig, mode="uniform", nbits=4))
-    config = _config(
-        cto.OpLinearQuantizerConfig, mode="linear_symmetric", dtype="int8", granularity="per_tensor"
-    )
+    config = _config(cto.OpLinearQuantizerConfig, mode="linear_symmetric", dtype="int8", granularity="per_tensor")
     return cto.linear_quantize_weights(table, config, joint_compression=True)
 
 
@@ -145,9 +143,7 @@ ACTIVATIONS = {
     "unsigned": (
         (
             lambda x: mb.cast(
-                x=mb.quantize(
-                    input=x, scale=np.float32(0.02), zero_point=np.uint8(100), output_dtype="uint8"
-                ),
+                x=mb.quantize(input=x, scale=np.float32(0.02), zero_point=np.uint8(100), output_dtype="uint8"),
                 dtype="int32",
             )
         ),
@@ -195,7 +191,5 @@ def test_blobs_equal_coremltools_reader(tmp_path):
         assert np.array_equal(mine, values)
         assert np.array_equal(mine, getattr(reader, f"read_{name}_data")(offset))
     with pytest.raises(InputError, match="is int8, the program declares fp16"):
-        reference = proto.MIL_pb2.Value.BlobFileValue(
-            fileName="@model_path/weight.bin", offset=written["int8"][0]
-        )
+        reference = proto.MIL_pb2.Value.BlobFileValue(fileName="@model_path/weight.bin", offset=written["int8"][0])
         WeightStore(tmp_path).read(reference, dtype=dtype_from_name("fp16"), shape=(37,))

@@ -103,11 +103,7 @@ CASES = {
     "layer_norm_two": ((lambda x: mb.layer_norm(x=x, axes=[1, 2])), (lambda x: F.layer_norm(x, (3, 4)))),
     "batch_norm": (
         (lambda x: mb.batch_norm(x=x, mean=_B3, variance=_VARIANCE, gamma=_G3, beta=_B3)),
-        (
-            lambda x: F.batch_norm(
-                x, *(torch.from_numpy(array) for array in (_B3, _VARIANCE, _G3, _B3)), training=False
-            )
-        ),
+        (lambda x: F.batch_norm(x, *(torch.from_numpy(array) for array in (_B3, _VARIANCE, _G3, _B3)), training=False)),
     ),
     "instance_norm": (
         (lambda x: mb.instance_norm(x=x, gamma=_G3, beta=_B3)),

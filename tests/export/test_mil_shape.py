@@ -17,11 +17,7 @@ CASES = {
     "reshape": ((lambda x: mb.reshape(x=x, shape=[4, -1])), (lambda x: x.reshape(4, -1))),
     "reshape_zero": ((lambda x: mb.reshape(x=x, shape=[0, 4, 3])), (lambda x: x.reshape(2, 4, 3))),
     "reshape_like": (
-        (
-            lambda x, y: mb.reshape_like(
-                x=x, ref_tensors=[x, y], begins=[0, 0], ends=[1, 0], end_masks=[False, True]
-            )
-        ),
+        (lambda x, y: mb.reshape_like(x=x, ref_tensors=[x, y], begins=[0, 0], ends=[1, 0], end_masks=[False, True])),
         (lambda x, y: x.reshape(2, 3, 4)),
     ),
     "flatten2d": ((lambda x: mb.flatten2d(x=x, axis=2)), (lambda x: x.reshape(6, 4))),
@@ -180,9 +176,7 @@ def _slice_arguments(draw):
         begin = draw(st.integers(-size, size - 1))
         end = draw(st.integers(-size, size + 2))
         begin_mask, end_mask = (draw(st.booleans()) for _ in range(2))
-        selected = range(
-            *slice(None if begin_mask else begin, None if end_mask else end, stride).indices(size)
-        )
+        selected = range(*slice(None if begin_mask else begin, None if end_mask else end, stride).indices(size))
         if not squeeze and not selected:
             begin_mask = end_mask = True
         values = (begin, end, stride, begin_mask and not squeeze, end_mask, squeeze)
