@@ -110,11 +110,13 @@ class ProbeSelector:
 
     Actions are finer than modes: heads and channels apart, and token counts from each layer on. Units are ranked by
     first-order Taylor importance per unit of cost. An action that saves less than the stage's goal is followed by the
-    next cheapest, so that small but nearly free savings do not cost a stage each.
+    next cheapest while that is nearly free, so that small savings do not cost a stage each. (Filling a stage at any price
+    was tried: one dear action at the end of the way cost more than fine-tuning could recover.)
     """
 
     parts: int = 4  # gradients are squared per part of a batch: finer parts tell apart what a mean would cancel
     enough: float = 0.8  # a stage is full when it saves this share of its goal
+    nearly_free: float = 1.0  # price: rise of the loss, were the whole dense cost saved at this rate
 
     def select(
         self, setting: Setting, state: State, *, goal: float, stage: int
@@ -133,7 +135,7 @@ class ProbeSelector:
         first, *others = sorted(prices, key=lambda action: prices[action])
         chosen, also = usable[first], []
         for action in others:
-            if chosen.saving >= self.enough * goal:
+            if chosen.saving >= self.enough * goal or prices[action] > self.nearly_free:
                 break
             more = _propose(setting, chosen.state, action, scores, goal - chosen.saving)
             if more is not None:

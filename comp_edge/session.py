@@ -32,6 +32,7 @@ from comp_edge.state import State
 from comp_edge.strategy import STRATEGIES
 from comp_edge.surgery import PLAN_ATTRIBUTE, apply_plan
 from comp_edge.tasks import Task, take_examples
+from comp_edge.units import reference_prompt
 
 WORK_SUFFIX = ".work"  # the folder beside the output in which a run keeps its checkpoint until it is complete
 STATE_FILE, TRACE_FILE, METRICS_FILE = "state.safetensors", "trace.jsonl", "metrics.json"
@@ -74,7 +75,8 @@ class Session:
             check_writable(self.out)
             self.work = self.out.with_name(self.out.name + WORK_SUFFIX)
         self.streams = self.family.streams(model)
-        self.state = State.dense(model, prompt_tokens=_prompt_tokens(model, task), base=base)
+        prompt_tokens = reference_prompt(model, task.example_inputs())
+        self.state = State.dense(model, prompt_tokens=prompt_tokens, base=base)
         self.cost = budget.cost_model(model)
         self.dense_cost = self.cost.predict(self.state.plan())
         self.target = budget.target(self.dense_cost) / self.dense_cost
@@ -337,11 +339,6 @@ class Session:
         ahead = max(0, math.ceil(left) * self.config.stage_steps - step)
         total = done + ahead + self.config.final_steps - self.tuned
         self.on_progress(Progress(phase=phase, done=done, total=total, message=message))
-
-
-def _prompt_tokens(model: Any, task: Task) -> int:
-    ids = task.example_inputs()["input_ids"]
-    return ids.shape[1] - int((ids[0] == model.config.image_token_id).sum())
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -63,6 +63,23 @@ def kept_kv_heads(kept: Iterable[int], *, heads: int, kv_heads: int) -> list[int
     return [group for group, count in enumerate(counts) if count]
 
 
+def reference_prompt(model: Any, inputs: Mapping[str, Tensor]) -> int:
+    """Text tokens of a request as a task gives it (`example_inputs`), which must fit the model.
+
+    Raises:
+        InputError: its image has another size than the model's, or its prompt shows another number of image tokens.
+    """
+    family = family_of(model)
+    side, given = family.image_size(model), tuple(inputs["pixel_values"].shape[-2:])
+    if given != (side, side):
+        raise InputError(f"the task gives images of {given[0]}x{given[1]} pixels, the model takes {side}x{side}.")
+    wanted = family.image_tokens(model, family.dense_vision_tokens(model))
+    images = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
+    if images != wanted:
+        raise InputError(f"the task's prompt holds {images} image tokens, the model makes {wanted} of an image.")
+    return inputs["input_ids"].shape[1] - images
+
+
 def dense_plan(model: Any, *, prompt_tokens: int, base: str) -> Plan:
     """The plan that keeps everything, for a reference prompt of this many text tokens."""
     family = family_of(model)

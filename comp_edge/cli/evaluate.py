@@ -38,6 +38,7 @@ def run(arguments: Any) -> None:
     from comp_edge.cost import macs
     from comp_edge.schedule import lift_language_drops
     from comp_edge.tasks import load_task, task_class
+    from comp_edge.units import reference_prompt
 
     resolve(arguments.model)
     task_class(arguments.task)
@@ -45,6 +46,7 @@ def run(arguments: Any) -> None:
     if arguments.deploy == "stock":
         lift_language_drops(model)
     task = load_task(arguments.task, load_processor(arguments.model))
+    prompt = reference_prompt(model, task.example_inputs())
     batches = list(getattr(task, f"{arguments.split}_batches")())
     total = sum(len(next(iter(batch.values()))) for batch in batches)
 
@@ -57,8 +59,6 @@ def run(arguments: Any) -> None:
 
     with common.progress_bar("score") as update:
         score = task.score(model, counted(update))
-    example = task.example_inputs()
-    prompt = example["input_ids"].shape[1] - int((example["input_ids"] == model.config.image_token_id).sum())
     result = {
         "model": arguments.model,
         "task": arguments.task,

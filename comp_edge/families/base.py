@@ -116,6 +116,10 @@ class Family(ABC):
         """Tokens of the dense vision stream (CLS included)."""
 
     @abstractmethod
+    def image_size(self, model: Any) -> int:
+        """Side of the square images that the vision stream takes, in pixels."""
+
+    @abstractmethod
     def fixed_macs(self, model: Any) -> FixedMacs:
         """MACs of what is never pruned."""
 

@@ -53,6 +53,9 @@ class Llava(Family):
         layer, total = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
         return layer if layer >= 0 else total + 1 + layer
 
+    def image_size(self, model: Any) -> int:
+        return model.config.vision_config.image_size
+
     def dense_vision_tokens(self, model: Any) -> int:
         config = model.config.vision_config
         return (config.image_size // config.patch_size) ** 2 + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,17 @@ def test_bad_input_to_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "there is nothing to resume" in fails(
         capsys, "prune", "--model", "llava-digits", "--task", TASK, "-o", tmp_path / "r", "--resume"
     )
+
+
+def test_images_of_another_size_are_refused(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = shutil.copytree(dense, tmp_path / "small")
+    file = folder / "processor_config.json"
+    values = json.loads(file.read_text())
+    values["image_processor"]["size"] = values["image_processor"]["crop_size"] = {"height": 32, "width": 32}
+    file.write_text(json.dumps(values))
+    message = "the task gives images of 32x32 pixels, the model takes 64x64"
+    assert message in fails(capsys, "eval", folder, "--task", TASK)
+    assert message in fails(capsys, "prune", "--model", folder, "--task", TASK, "-o", tmp_path / "x")
 
 
 @pytest.mark.slow
