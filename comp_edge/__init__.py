@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from comp_edge.cost import MacsCost, macs
     from comp_edge.errors import InputError
     from comp_edge.plan import Plan
-    from comp_edge.pruning import PruneConfig, PruneResult, prune
+    from comp_edge.pruning import prune
+    from comp_edge.settings import PruneConfig, PruneResult
     from comp_edge.surgery import apply_plan
 
 __version__ = "0.1.0"
@@ -20,8 +21,8 @@ _WHERE = {
     "InputError": "errors",
     "MacsCost": "cost",
     "Plan": "plan",
-    "PruneConfig": "pruning",
-    "PruneResult": "pruning",
+    "PruneConfig": "settings",
+    "PruneResult": "settings",
     "apply_plan": "surgery",
     "load_pretrained": "checkpoint",
     "macs": "cost",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,11 +14,9 @@ from comp_edge.calibrate import Collector, collect, taylor_scores
 from comp_edge.masks import UnitMasks
 from comp_edge.proposals import Proposal, Proposer
 from comp_edge.schedule import Schedule
+from comp_edge.settings import PruneConfig
 from comp_edge.state import State
 from comp_edge.strategy import MPS, prices_of
-
-if TYPE_CHECKING:
-    from comp_edge.pruning import PruneConfig
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from comp_edge.masks import UnitMasks
 from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine
 from comp_edge.plan import CostRecord, Plan
 from comp_edge.proposals import Limits, Proposer
-from comp_edge.pruning import Progress, PruneConfig, PruneResult
 from comp_edge.recovery import Distillation
 from comp_edge.schedule import attach
 from comp_edge.selectors import Setting, apply_state, make_selector
+from comp_edge.settings import Progress, PruneConfig, PruneResult
 from comp_edge.state import State
 from comp_edge.strategy import STRATEGIES
 from comp_edge.surgery import PLAN_ATTRIBUTE, apply_plan

@@ -44,10 +44,10 @@ class Step:
 
 
 STEPS = {
-    "prune": Step("prune to the budget", 270),
+    "prune": Step("prune to the budget", 300),
     "score": Step("score with the language model's drops lifted", 10),
-    "exports": Step("export to ExecuTorch and Core ML, compare with transformers", 120),
-    "runtime": Step("run the conformance tests, time dense and pruned in turns", 40),
+    "exports": Step("export to ExecuTorch and Core ML, compare with transformers", 90),
+    "runtime": Step("run the conformance tests, time dense and pruned in turns", 30),
     "report": Step("report", 10),
 }
 
@@ -186,8 +186,9 @@ def _prune(folder: Path, arguments: Any, clock: _Clock) -> tuple[dict[str, Any],
     from comp_edge.budget import Budget
     from comp_edge.checkpoint import load_dense, load_processor
     from comp_edge.families import family_of
-    from comp_edge.pruning import Progress, prune
+    from comp_edge.pruning import prune
     from comp_edge.session import STATE_FILE, WORK_SUFFIX
+    from comp_edge.settings import Progress
     from comp_edge.tasks import load_task
 
     processor = load_processor(MODEL)

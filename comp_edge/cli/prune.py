@@ -57,8 +57,9 @@ def run(arguments: Any) -> None:
     from comp_edge.checkpoint import is_pruned, load_dense, load_processor, resolve
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable
-    from comp_edge.pruning import PruneConfig, prune
+    from comp_edge.pruning import prune
     from comp_edge.report import write_report
+    from comp_edge.settings import PruneConfig
     from comp_edge.strategy import STRATEGIES
     from comp_edge.tasks import load_task, task_class
 

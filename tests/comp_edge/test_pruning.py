@@ -16,8 +16,8 @@ import torch
 
 import comp_edge
 from comp_edge.errors import InputError
-from comp_edge.pruning import PruneConfig
 from comp_edge.session import STATE_FILE
+from comp_edge.settings import PruneConfig
 
 QUICK = PruneConfig(
     stages=4, stage_steps=2, final_steps=3, val_examples=30, calibration_batches=1, round_to=8, lr=1e-3, matrix_lr=1e-3

@@ -1,0 +1,75 @@
+"""What a pruning pass is given and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comp_edge.importance import Norm
+from comp_edge.plan import Plan
+from comp_edge.strategy import MPSConfig
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How a pass is run. The defaults are for models that train in minutes on a CPU.
+
+    Attributes:
+        stages: how many stages the way to the budget is divided into.
+        stage_steps: optimizer steps of a stage; masks fade over the first two thirds.
+        final_steps: optimizer steps after the plan is frozen, on the shrunk model.
+        lr, matrix_lr: peak learning rates of AdamW and Muon.
+        val_examples: validation examples that score a stage.
+        calibration_batches: training batches for importance, and as many others for looking ahead.
+        modes: which modes may run; None for all of the family.
+        cip, cit: token-weighted parameter importance, mask-corrected token importance.
+        token_norm: Norm of S^t.
+        distill: weight of the dense model's logits in the objective; 0 trains on the task's loss alone.
+        round_to: widths are multiples of this where the layer is wide enough.
+        stage_share: at most this fraction of a sub-layer or of a layer's tokens goes in one stage.
+        mps: constants of MPS.
+    """
+
+    stages: int = 16
+    stage_steps: int = 15
+    final_steps: int = 300
+    lr: float = 5e-4
+    matrix_lr: float = 1.5e-3
+    val_examples: int = 500
+    calibration_batches: int = 2
+    modes: tuple[str, ...] | None = None
+    cip: bool = True
+    cit: bool = True
+    token_norm: Norm = "mean"
+    distill: float = 0.7
+    round_to: int = 32
+    stage_share: float = 0.25
+    mps: MPSConfig = field(default_factory=MPSConfig)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a pass reports.
+
+    Attributes:
+        metrics: what `metrics.json` holds.
+        trace: what `trace.jsonl` holds, one entry a stage.
+        folder: the pruned model folder, None when none was asked for.
+    """
+
+    model: Any
+    plan: Plan
+    metrics: dict[str, Any]
+    trace: list[dict[str, Any]]
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a pass tells while it runs: done and total are optimizer steps (total is an estimate)."""
+
+    phase: str
+    done: int
+    total: int
+    message: str = ""
