@@ -107,19 +107,21 @@ class ProbeSelector:
     """Ours: try every action for a moment on the current weights; the least loss per unit of cost saved wins.
 
     Actions are finer than modes: heads and channels apart, and token counts from each layer on. Units are ranked by
-    first-order Taylor importance per unit of cost. An action that saves less than the stage's goal is followed by the
-    next cheapest while that is nearly free, so that small savings do not cost a stage each. (Filling a stage at any price
-    was tried: one dear action at the end of the way cost more than fine-tuning could recover.)
+    first-order Taylor importance per unit of cost. Actions are taken in the order of their price until the stage's goal is
+    met; once something substantial is taken, only nearly free ones follow. (Filling stages at any price was tried: one
+    dear action at the end of the way cost more than fine-tuning could recover. Ending a stage with a tiny saving was
+    tried too: it costs a stage's training and gains nothing.)
     """
 
     parts: int = 4  # gradients are squared per part of a batch: finer parts tell apart what a mean would cancel
     enough: float = 0.8  # a stage is full when it saves this share of its goal
+    substantial: float = 0.3  # a stage that saves less than this share goes on, whatever the price
     nearly_free: float = 1.0  # price: rise of the loss, were the whole dense cost saved at this rate
 
     def select(
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
-        """The cheapest action by looking ahead, and those after it until the goal is met."""
+        """The cheapest actions by looking ahead, until the goal is met."""
         scores = taylor_scores(setting.model, setting.task, setting.masks, _parts(setting.calibration, self.parts))
         actions = _actions(setting, state)
         options = {action: _propose(setting, state, action, scores, goal) for action in actions}
@@ -130,15 +132,20 @@ class ProbeSelector:
         losses = {action: self._loss(setting, state, proposal.state) for action, proposal in usable.items()}
         apply_state(setting.masks, setting.schedule, state, state, fade=0.0, cit=setting.config.cit)
         prices = prices_of(losses, {action: p.saving for action, p in usable.items()}, base=base)
-        first, *others = sorted(prices, key=lambda action: prices[action])
-        chosen, also = usable[first], []
-        for action in others:
-            if chosen.saving >= self.enough * goal or prices[action] > self.nearly_free:
+        ranked = sorted(prices, key=lambda action: prices[action])
+        taken: list[Proposal] = []
+        saved = 0.0
+        for action in ranked:
+            if saved >= self.enough * goal or saved >= self.substantial * goal and prices[action] > self.nearly_free:
                 break
-            more = _propose(setting, chosen.state, action, scores, goal - chosen.saving)
+            more = _propose(setting, taken[-1].state if taken else state, action, scores, goal - saved)
             if more is not None:
-                chosen = replace(chosen, state=more.state, saving=chosen.saving + more.saving)
-                also.append(more.name)
+                taken.append(more)
+                saved += more.saving
+        # The trace books a stage to the action that saved most of it.
+        main = max(taken, key=lambda proposal: proposal.saving)
+        also = [proposal.name for proposal in taken if proposal is not main]
+        chosen = replace(main, state=taken[-1].state, saving=saved)
         return chosen, {"why": "cheapest", "also": also, "costs": {usable[a].name: prices[a] for a in prices}}
 
     @torch.no_grad()

@@ -141,7 +141,7 @@ def _steps(out: Path, arguments: Any, clock: _Clock) -> dict[str, Any]:
     executorch, dense, coreml = out / "executorch", out / "executorch-dense", out / "coreml"
     exports = [
         ("export.executorch", [pruned, "-o", executorch, "--verify", QUESTIONS, *golden]),
-        ("export.coreml", [pruned, "-o", coreml, *golden]),
+        ("export.coreml", [pruned, "-o", coreml, "--verify", 50, *golden]),
         # The dense model is what the pruned one is timed against: same runtime, same profile, same prompt length.
         (
             "export.executorch",

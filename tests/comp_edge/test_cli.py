@@ -128,8 +128,16 @@ def test_ctrl_c_leaves_nothing_half_written_and_resumes(dense: Path, tmp_path: P
 
     def start(name: str, *more: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "comp_edge.cli.main", *arguments, "-o", str(tmp_path / name), *more]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes)
+        return subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # A suite that runs in the background ignores Ctrl-C, and its children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     process = start("cut")
     checkpoint = tmp_path / "cut.work" / "state.safetensors"
