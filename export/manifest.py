@@ -100,7 +100,9 @@ class Verification(_Part):
     )
     tolerance: float
     ambiguous: Size = Field(
-        default=0, description="questions where two tokens at the cut of a drop score alike within rounding"
+        default=0,
+        description="questions that rounding decides: two tokens at the cut of a drop score alike within it, or the model's "
+        "own logits move between fp32 and fp64",
     )
     ambiguous_max_abs_error: float | None = None
     details: dict[str, Any] = Field(default_factory=dict, description="what else a backend measures")
