@@ -292,7 +292,7 @@ def _print(result: dict[str, Any]) -> None:
         before, after = dense["latency_ms"], row["latency_ms"]
         name = f"first token, ExecuTorch {profile}"
         table.add_row(name, f"{before:.2f} ms", f"{after:.2f} ms", f"{before / after:.2f}x")
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(table)
     for profile, row in result["executorch"].items():
         equal = "tokens equal" if row["tokens_equal"] else "TOKENS DIFFER"
