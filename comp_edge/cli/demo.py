@@ -296,6 +296,9 @@ def _print(result: dict[str, Any]) -> None:
     console.print(table)
     for profile, row in result["executorch"].items():
         equal = "tokens equal" if row["tokens_equal"] else "TOKENS DIFFER"
+        if row["ambiguous"]:
+            count = f"{row['ambiguous']} of {row['questions']}"
+            equal += f"; {count} requests left to rounding: {row['ambiguous_max_abs_error']:.1e}"
         console.print(
             f"ExecuTorch {profile}: {row['path']}, error {row['max_abs_error']:.1e}, {equal}", highlight=False
         )
