@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comp_edge.importance import Norm, input_energy, normalize, per_unit, taylor, token_weights, wanda
+from comp_edge.importance import Norm, input_energy, normalize, per_unit, token_weights, wanda
 from comp_edge.masks import UnitMasks
 from comp_edge.schedule import Schedule
 from comp_edge.units import Site
@@ -136,7 +136,10 @@ def collect(
 
 
 def taylor_scores(model: Any, task: Any, masks: UnitMasks, batches: Iterable[dict[str, Tensor]]) -> dict[Site, Tensor]:
-    """First-order Taylor importance of every unit: summed squares of the loss gradient by its mask, [units] per site."""
+    """First-order Taylor importance of every unit: summed squares of the loss gradient by its mask, [units] per site.
+
+    With a mask at 1, removing its unit changes the loss by about minus that gradient; the square is the expected size.
+    """
     current = dict(masks.masks)
     leaves = {site: mask.detach().clone().requires_grad_(True) for site, mask in current.items()}
     masks.masks = dict(leaves)
@@ -149,4 +152,4 @@ def taylor_scores(model: Any, task: Any, masks: UnitMasks, batches: Iterable[dic
                     total[site] += gradient.detach() ** 2
     finally:
         masks.masks = current
-    return {site: taylor(value) for site, value in total.items()}
+    return total

@@ -21,7 +21,6 @@ from comp_edge.surgery import PLAN_ATTRIBUTE, apply_plan
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def save_pretrained(model: Any, plan: Plan, folder: str | Path, *, processor: Any = None) -> Path:

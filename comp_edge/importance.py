@@ -103,14 +103,6 @@ def per_unit(channels: Tensor, unit_size: int) -> Tensor:
     return channels.view(-1, unit_size).mean(1)
 
 
-def taylor(gradient_squares: Tensor) -> Tensor:
-    """First-order Taylor importance of units, from the summed squares of the loss gradient by their masks.
-
-    With mask m at 1, removing a unit changes the loss by about -dL/dm; the square is its expected magnitude.
-    """
-    return gradient_squares
-
-
 def relative_to_mean(scores: Tensor, alive: Tensor) -> Tensor:
     """Scores over the mean of the live units, so that layers of different scale can share one ranking."""
     mean = scores[alive].mean() if alive.any() else scores.new_ones(())

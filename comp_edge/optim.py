@@ -129,3 +129,8 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"there is nothing to resume: {str(path)!r} does not exist.") from None
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"checkpoint {str(path)!r} is damaged ({error}); delete it to start afresh.") from None
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it: one part of what `save_state` put together."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

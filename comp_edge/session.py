@@ -21,7 +21,7 @@ from comp_edge.errors import InputError
 from comp_edge.families import family_of
 from comp_edge.files import check_writable, whole_folder, write_json, write_text
 from comp_edge.masks import UnitMasks
-from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine
+from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine, with_prefix
 from comp_edge.plan import CostRecord, Plan
 from comp_edge.proposals import Limits, Proposer
 from comp_edge.recovery import Distillation
@@ -314,8 +314,8 @@ class Session:
             self._shrink()
         else:
             self._apply(self.state, self.state, 0.0)
-        self.model.load_state_dict(_part(tensors, "model."))
-        self.optimizer.load_state_tensors(_part(tensors, "optimizer."))
+        self.model.load_state_dict(with_prefix(tensors, "model."))
+        self.optimizer.load_state_tensors(with_prefix(tensors, "optimizer."))
 
     # ---- small things
 
@@ -339,7 +339,3 @@ class Session:
         ahead = max(0, math.ceil(left) * self.config.stage_steps - step)
         total = done + ahead + self.config.final_steps - self.tuned
         self.on_progress(Progress(phase=phase, done=done, total=total, message=message))
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine
+from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine, with_prefix
 from comp_edge.tasks import Task, take_examples
 from comp_edge.tasks.folding import distinct_images
 
@@ -115,10 +115,7 @@ def _patch_features(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 def _restore(tensors: dict[str, Tensor], model: Any, head: nn.Module | None, optimizer: Optimizer) -> None:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    model.load_state_dict(part("model."))
-    optimizer.load_state_tensors(part("optimizer."))
+    model.load_state_dict(with_prefix(tensors, "model."))
+    optimizer.load_state_tensors(with_prefix(tensors, "optimizer."))
     if head is not None:
-        head.load_state_dict(part("head."))
+        head.load_state_dict(with_prefix(tensors, "head."))
