@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +12,8 @@ from torch import Tensor
 from comp_edge.importance import Norm, input_energy, normalize, per_unit, token_weights, wanda
 from comp_edge.masks import UnitMasks
 from comp_edge.schedule import Schedule
+from comp_edge.tasks.packing import model_inputs
 from comp_edge.units import Site
-
-
-def model_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a batch that the model's `forward` takes."""
-    accepted = inspect.signature(model.forward).parameters
-    return {name: value for name, value in batch.items() if name in accepted}
 
 
 @dataclass
@@ -27,7 +21,8 @@ class TokenStatistics:
     """Normalised token importance of each layer, over the calibration set.
 
     Attributes:
-        scores: per (stream, layer), sorted descending per example: a list of [b, n] (invalid tokens 0).
+        scores: per (stream, layer), sorted descending per example: a list of [b, n] (invalid tokens 0). The entry after
+            the last layer is of what a connector makes of them.
     """
 
     scores: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
@@ -88,19 +83,23 @@ class Collector:
         cls = view.protected == "first"
         normal = normalize(scores.float(), self.norm, valid=valid)
         self.tokens.scores.setdefault((stream, layer), []).append(normal.sort(1, descending=True).values)
+        if layer == len(view.layers):
+            return  # what the connector hands on is no input of a layer here
         weights = token_weights(scores.float(), valid=valid, cls=cls) if self.cip else valid.float()
         # CIP's feed-forward waits for the next layer's importance; plain Wanda counts every token of its own layer.
         last = layer == len(view.layers) - 1 or not self.cip
         ready, self._waiting = _split(
             self._waiting,
             lambda w: (
-                w.site.stream == stream
+                (self.schedule.streams[w.site.stream].follows or w.site.stream) == stream
                 and (w.site.layer < layer or w.site.layer == layer and (w.site.kind == "heads" or last))
             ),
         )
         kept = self.schedule.kept(stream)
         for waiting in ready:
-            energy = input_energy(waiting.inputs, _align(weights, kept, waiting.kept, waiting.inputs.shape[1]))
+            # Packed streams have no batch dimension.
+            inputs = waiting.inputs.reshape(len(weights), -1, waiting.inputs.shape[-1])
+            energy = input_energy(inputs, _align(weights, kept, waiting.kept, inputs.shape[1]))
             self.energy[waiting.site] = self.energy.get(waiting.site, 0) + energy
 
     def wanda(self) -> dict[Site, Tensor]:

@@ -99,14 +99,26 @@ def warmup_cosine(step: int, total: int, *, warmup: int = 50, floor: float = 0.0
     return rise * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(total, 1)))))
 
 
+def _standing_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors wants them; only those that do are copied."""
+    alone, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and place in seen:
+            tensor = tensor.clone()
+        seen.add(place)
+        alone[name] = tensor
+    return alone
+
+
 def save_state(path: str | Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Tensors and a JSON record of the progress, in one safetensors file that appears whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Tied tensors share memory; safetensors wants each to stand alone.
-        alone = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        alone = _standing_alone(tensors)
         save_file(alone, temporary, metadata={"progress": json.dumps(progress)})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:

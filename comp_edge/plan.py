@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +14,9 @@ from comp_edge.errors import InputError
 from comp_edge.files import read_json, write_text
 
 PLAN_FILE = "plan.json"
+PLAN_ATTRIBUTE = "comp_edge_plan"  # where a pruned model carries its plan
 Index = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class LayerPlan(BaseModel):
@@ -36,7 +40,12 @@ class StreamPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     layers: tuple[LayerPlan, ...]
-    tokens: tuple[Annotated[int, Field(ge=1)], ...]
+    tokens: tuple[Positive, ...]
+    delivered: Positive | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="tokens handed on after the last layer, where the connector needs all of them and drops behind itself",
+    )
 
     @model_validator(mode="after")
     def _schedule(self) -> StreamPlan:
@@ -45,7 +54,16 @@ class StreamPlan(BaseModel):
         for layer, (before, after) in enumerate(zip(self.tokens, self.tokens[1:], strict=False)):
             if after > before:
                 raise ValueError(f"tokens must not rise: {before} in layer {layer}, {after} in layer {layer + 1}")
+        if self.delivered is not None and self.tokens and self.delivered > self.tokens[-1]:
+            raise ValueError(
+                f"delivered must not exceed the last layer's tokens {self.tokens[-1]}, got {self.delivered}"
+            )
         return self
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Token counts of the layers, and what is handed on behind them where that is decided apart."""
+        return self.tokens if self.delivered is None else (*self.tokens, self.delivered)
 
 
 class CostRecord(BaseModel):
@@ -65,6 +83,9 @@ class Plan(BaseModel):
     model_type: str
     base: str
     streams: dict[str, StreamPlan]
+    images: Positive = Field(
+        default=1, exclude_if=lambda value: value == 1, description="images (or tiles) of the request that it is for"
+    )
     budget: dict[str, Any] = Field(default_factory=dict)
     cost: CostRecord | None = None
     strategy: str = "none"
@@ -106,12 +127,31 @@ class Plan(BaseModel):
         path = Path(path)
         if path.is_dir():
             path = path / PLAN_FILE
-        # One line a stream and layer list keeps the file readable and diffs small.
-        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
+        # A line a list of indices keeps the file readable and diffs small.
+        text = re.sub(r"\[[\s\d,]*\]", lambda found: " ".join(found[0].split()), json.dumps(self.to_json(), indent=1))
+        write_text(path, text + "\n")
         return path
+
+    @property
+    def schedules(self) -> dict[str, tuple[int, ...]]:
+        """The token schedule of every stream."""
+        return {name: stream.schedule for name, stream in self.streams.items()}
 
     def with_tokens(self, stream: str, tokens: list[int] | tuple[int, ...]) -> Plan:
         """The same plan with another token schedule in one stream (validated)."""
         streams = dict(self.streams)
-        streams[stream] = StreamPlan(layers=streams[stream].layers, tokens=tuple(tokens))
+        streams[stream] = stream_plan(streams[stream].layers, tokens)
         return self.model_copy(update={"streams": streams})
+
+
+def plan_of(model: Any) -> Plan | None:
+    """The plan that a model was pruned to; None for a dense one."""
+    return getattr(model, PLAN_ATTRIBUTE, None)
+
+
+def stream_plan(layers: Sequence[LayerPlan], schedule: Sequence[int]) -> StreamPlan:
+    """A stream's plan from its layers and its token schedule (see `StreamPlan.schedule`), validated."""
+    count = len(layers)
+    delivered = schedule[count] if len(schedule) == count + 1 else None
+    tokens = schedule if delivered is None else schedule[:count]
+    return StreamPlan(layers=tuple(layers), tokens=tuple(tokens), delivered=delivered)

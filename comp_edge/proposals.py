@@ -23,7 +23,7 @@ class Proposal:
 
     Attributes:
         mode: the mode it advances.
-        action: which part of the mode ("all", "heads", "ffn" or "from layer N").
+        action: which part of the mode ("all", "heads", "ffn", "from layer N" or "behind the connector").
         saving: cost saved, as a fraction of the dense cost.
     """
 
@@ -144,14 +144,15 @@ class Proposer:
         A layer's count is the mean number of tokens that reach the threshold. What one layer loses is bounded, because a
         global threshold cascades: the few tokens that a layer keeps make everything after look unimportant.
         """
-        before = self.price(state)
+        before, view = self.price(state), self.streams[stream]
         low, high, best = 0.0, 4.0, None
         for _ in range(24):
             middle = (low + high) / 2
             counts = list(state.tokens[stream])
-            for layer in range(len(counts) - 1):
-                reached = round(statistics.above(stream, layer, middle)) if (stream, layer) in statistics.scores else 0
-                counts[layer + 1] = min(counts[layer + 1], max(reached, self._least(state, stream, layer + 1)))
+            for point in view.drop_points:
+                key = (stream, point if point == len(view.layers) else point - 1)
+                reached = round(statistics.above(*key, middle)) if key in statistics.scores else 0
+                counts[point] = min(counts[point], max(reached, self._least(state, stream, point)))
             new = self.with_tokens(state, stream, counts)
             saved = before - self.price(new)
             if saved >= goal:
@@ -164,7 +165,7 @@ class Proposer:
         return Proposal(f"{stream}_tokens", "all", new, saved) if saved > 0 else None
 
     def tokens_from_layer(self, state: State, *, stream: str, layer: int, goal: float) -> Proposal | None:
-        """Lower the token counts from one layer on, until `goal` is saved or the layer's bound is reached."""
+        """Lower the token counts from one drop point on, until `goal` is saved or its bound is reached."""
         before, current = self.price(state), state.tokens[stream]
         least = self._least(state, stream, layer)
         low, high = least, current[layer] - 1
@@ -178,7 +179,8 @@ class Proposer:
                 high = middle - 1
         new = self._cut(state, stream, layer, low)
         saved = before - self.price(new)
-        return Proposal(f"{stream}_tokens", f"from layer {layer}", new, saved) if saved > 0 else None
+        where = "behind the connector" if layer == len(self.streams[stream].layers) else f"from layer {layer}"
+        return Proposal(f"{stream}_tokens", where, new, saved) if saved > 0 else None
 
     def _cut(self, state: State, stream: str, layer: int, count: int) -> State:
         counts = list(state.tokens[stream])
@@ -196,9 +198,12 @@ class Proposer:
         for count in counts:
             falling.append(min(count, falling[-1]) if falling else count)
         new.tokens[stream] = falling
-        if stream == "vision":
-            prompt = self.family.prompt_tokens(self.model, state.tokens)
-            first = self.family.image_tokens(self.model, falling[-1]) + prompt
+        if stream == "vision" and self.family.fusion(self.model) is not None:
+            images = state.template.images
+            gone = images * (
+                self.family.delivered(self.model, state.tokens[stream]) - self.family.delivered(self.model, falling)
+            )
+            first = state.tokens["language"][0] - gone
             new.tokens["language"] = [first] + [min(n, first) for n in state.tokens["language"][1:]]
         return new
 
@@ -214,9 +219,9 @@ class Proposer:
                     while (chunk := self._next(new, site, equal)) is not None:
                         new.alive[site][list(chunk.units)] = False
             else:
-                first = new.tokens[stream][0]
-                counts = [first] + [min(self.limits.min_tokens, n) for n in new.tokens[stream][1:]]
-                new = self.with_tokens(new, stream, counts)
+                points = self.streams[stream].drop_points
+                if points:
+                    new = self._cut(new, stream, points[0], self.limits.min_tokens)
         return self.price(new)
 
 

@@ -31,7 +31,8 @@ def prune(
     """Prune a model until it meets its budget; see DESIGN section 5 for the method.
 
     Args:
-        model: a dense transformers model of a supported family; it becomes the pruned model.
+        model: a transformers model of a supported family, dense or pruned before; it becomes the pruned model. The budget
+            is a share of what this model costs.
         task: data, loss and score (see `comp_edge.tasks.Task`). Only its training and validation batches steer.
         strategy: "comp", the paper's MPS with CIM, or "probe", which looks one step ahead.
         out: the pruned model folder to write; while the pass runs, its checkpoint lies in a folder of that name with
@@ -62,7 +63,7 @@ def prune(
     if resume:
         session.resume()
     else:
-        session.start()
+        session.start(evaluate=evaluate)
     session.advance()
     session.finish()
     processor = processor if processor is not None else getattr(task, "processor", None)

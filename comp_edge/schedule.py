@@ -1,9 +1,8 @@
 """Token schedules on a live transformers model: tokens are really dropped between layers, in `forward` and `generate`.
 
 Hooks do it, so that every forward pass stays transformers' own. A pre-hook on each layer gathers the tokens that the
-layer is to compute on, from the importance that the layer before left (see `comp_edge.attention`). Hooks around the
-language model keep the caller's view whole: inputs carry one placeholder per image token of the *dense* model, image
-features are padded with zeros to that number, and outputs have one position per input token (dropped ones read zero).
+layer is to compute on, from the importance that a layer before left (see `comp_edge.attention`); where a connector needs
+all tokens, a hook drops behind it. What joins the streams of a generative model is in `comp_edge.fusion`.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from comp_edge import attention
-from comp_edge.cache import ScheduledLayer, scheduled_cache
 from comp_edge.families import family_of
 from comp_edge.families.base import LayerView, StreamView
+from comp_edge.fusion import Fusion
+from comp_edge.prompts import spread
 from comp_edge.selection import PROTECTED, keep_tokens, keep_within, layer_width, take, targets
 
 _ATTRIBUTE = "comp_edge_schedule"
+_MASKS = ("attention_mask", "encoder_attention_mask")
 
 
 @dataclass
@@ -38,32 +38,33 @@ class _Flow:
         prompt: [b, n] which survivors belong to the prompt (may be dropped, count as queries).
         scores: [b, n] last known importance.
         counts: [b] real prompt tokens at the first layer.
+        anchor: [b] the token that is never dropped; -1 for none.
         decoding: tokens follow a filled cache: nothing is dropped.
         answers: tokens at the end that belong to answers.
         context: of the layer that ran last.
+        handed: [k] of each image: which tokens the connector's hook kept; None while it keeps all.
     """
 
     width: int
     valid: Tensor
     prompt: Tensor
     counts: Tensor
+    anchor: Tensor
     decoding: bool
     answers: int
     kept: Tensor | None = None
     scores: Tensor | None = None
     context: attention.LayerContext | None = None
+    handed: list[Tensor] | None = None
+
+    def positions(self) -> Tensor:
+        """[b, n] where the survivors were in the first layer."""
+        if self.kept is not None:
+            return self.kept
+        return torch.arange(self.width, device=self.valid.device).expand(len(self.valid), -1)
 
 
-@dataclass
-class _Request:
-    """What the outer hooks found out about the batch, for the hooks of the language model's layers."""
-
-    cache: Any = None
-    answer_start: Tensor | None = None  # [b], in compact positions
-    real: Tensor | None = None  # [b, given], False for surplus image placeholders
-    answer_start_given: Tensor | None = None
-
-
+# Called as (stream, layer, scores [b, n], valid [b, n]).
 Observer = Callable[[str, int, Tensor, Tensor], None]
 
 
@@ -72,9 +73,10 @@ class Schedule:
     """The active token schedule of a model; made by `attach`.
 
     Attributes:
-        tokens: per stream, how many tokens each layer computes on.
+        tokens: per stream, its token schedule (see `StreamPlan.schedule`).
         head_masks: per (stream, layer), the [heads] mask that token importance sees; fading heads have values below 1.
-        observe: called as (stream, layer, scores [b, n], valid [b, n]) for each layer when set; makes every layer score.
+        observe: called for each layer when set, and with the number of layers for what a connector hands on; makes every
+            layer score.
     """
 
     model: Any
@@ -82,25 +84,31 @@ class Schedule:
     tokens: dict[str, tuple[int, ...]]
     head_masks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     observe: Observer | None = None
+    fusion: Fusion | None = None
     _flows: dict[str, _Flow] = field(default_factory=dict)
-    _request: _Request = field(default_factory=_Request)
+    _arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
 
     def drops(self, stream: str) -> bool:
-        """Whether any layer of the stream computes on fewer tokens than its first."""
-        return len(set(self.tokens[stream])) > 1
+        """Whether any layer of the stream computes on fewer tokens than its first, or a connector hands on fewer."""
+        return any(self._falls(stream, point) for point in self.streams[stream].drop_points)
 
     def kept(self, stream: str) -> Tensor | None:
         """Indices [b, n] of the tokens that reached the last layer in the latest forward pass; None: all of them."""
-        flow = self._flows.get(stream)
+        flow = self._flow(stream)
         return None if flow is None else flow.kept
+
+    def handed(self, stream: str) -> list[Tensor] | None:
+        """Of each image, indices [k] of the connector's tokens that were handed on in the latest pass; None: all."""
+        flow = self._flow(stream)
+        return None if flow is None else flow.handed
 
     def reached(self, stream: str) -> Tensor | None:
         """[b, n] bool: which of the first layer's n tokens reached the last in the latest forward pass; pads did not.
 
         None before the first pass.
         """
-        flow = self._flows.get(stream)
+        flow = self._flow(stream)
         if flow is None or flow.kept is None:
             return None if flow is None else flow.valid
         return flow.valid.new_zeros(len(flow.valid), flow.width).scatter(1, flow.kept, flow.valid)
@@ -110,74 +118,108 @@ class Schedule:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.fusion is not None:
+            self.fusion.detach()
+        for stream in self.streams.values():
+            for layer in stream.layers:
+                if layer.attn is not None:
+                    vars(layer.attn.module).pop(attention.CONTEXT, None)
         delattr(self.model, _ATTRIBUTE)
+
+    def _flow(self, stream: str) -> _Flow | None:
+        return self._flows.get(self.streams[stream].follows or stream)
+
+    # ---- where tokens fall
+
+    def _falls(self, stream: str, point: int) -> bool:
+        """Whether a point of the schedule has fewer tokens than what comes to it."""
+        tokens, layers = self.tokens[stream], len(self.streams[stream].layers)
+        before = tokens[point - 1]
+        if point == layers:
+            before = family_of(self.model).image_tokens(self.model, before)
+        return tokens[point] < before
+
+    def _ranks(self, stream: StreamView, index: int) -> bool:
+        """Whether a drop ranks tokens by this layer: it is the last one before the drop that has attention."""
+        falls = [point for point in stream.drop_points if point > index and self._falls(stream.name, point)]
+        later = [i for i in range(index + 1, falls[0]) if self._attends(stream, i)] if falls else []
+        return bool(falls) and not later and self._attends(stream, index)
+
+    def _attends(self, stream: StreamView, index: int) -> bool:
+        """Attention whose heads are all masked ranks nothing, as if it had been removed."""
+        mask = self.head_masks.get((stream.name, index))
+        return stream.layers[index].attn is not None and (mask is None or bool(mask.any()))
 
     # ---- one layer
 
-    def before_layer(self, stream: StreamView, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before_layer(self, stream: StreamView, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
         """Pre-hook of a layer: drop what it need not compute on, and ask its attention for scores."""
-        hidden = args[0]
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        hidden, mask = arguments["hidden_states"], arguments.get("attention_mask")
         if index == 0:
             self._flows[stream.name] = self._start(stream, hidden, mask)
         flow = self._flows[stream.name]
         self._collect(stream, flow, index - 1)
-        tokens = self.tokens[stream.name]
-        if index and not flow.decoding and tokens[index] < tokens[index - 1]:
-            hidden = self._drop(stream, flow, index, hidden)
+        if index in stream.drops and not flow.decoding and self._falls(stream.name, index):
+            arguments["hidden_states"] = self._drop(stream, flow, index, hidden)
+        if flow.kept is not None:
+            for name in _MASKS:
+                if arguments.get(name) is not None:
+                    arguments[name] = _smaller_mask(arguments[name], flow, keys=name == "attention_mask")
+            if arguments.get("position_embeddings") is not None:
+                arguments["position_embeddings"] = tuple(
+                    take(part, flow.kept, 1) for part in arguments["position_embeddings"]
+                )
+            if arguments.get("position_ids") is not None:
+                arguments["position_ids"] = take(arguments["position_ids"], flow.kept, 1)
         view = stream.layers[index]
-        if flow.kept is not None and mask is not None and mask.shape[-2] == flow.width:
-            mask = take(take(mask, flow.kept, 2), flow.kept, 3)
-            # An example may keep fewer than the batch; the rest of its slots are padding.
-            mask = mask.masked_fill(~flow.valid[:, None, None], torch.finfo(mask.dtype).min)
-        if stream.causal:
-            mask = self._through_cache(flow, view, index, mask)
-            if flow.kept is not None and (rotary := kwargs.get("position_embeddings")) is not None:
-                kwargs["position_embeddings"] = tuple(take(part, flow.kept, 1) for part in rotary)
-            if flow.kept is not None and kwargs.get("position_ids") is not None:
-                kwargs["position_ids"] = take(kwargs["position_ids"], flow.kept, 1)
-        later_drop = any(b < a for a, b in zip(tokens[index:], tokens[index + 1 :], strict=False))
-        head_mask = self.head_masks.get((stream.name, index))
+        if self.fusion is not None and stream.name == "language":
+            mask = arguments.get("attention_mask")
+            arguments["attention_mask"] = self._through_cache(flow, view, index, mask)
         flow.context = attention.LayerContext(
-            # Attention whose heads are all gone ranks nothing, as if it had been removed: earlier scores stay.
             wants_scores=not flow.decoding
-            and (later_drop or self.observe is not None)
-            and (head_mask is None or bool(head_mask.any())),
-            head_mask=head_mask,
-            queries=None if not stream.causal else flow.valid & flow.prompt,
+            and (self._ranks(stream, index) or self.observe is not None and self._attends(stream, index)),
+            head_mask=self.head_masks.get((stream.name, index)),
+            queries=flow.valid & flow.prompt if _has_padding(flow) or stream.causal else None,
         )
         if view.attn is not None:
-            kwargs["comp_edge"] = flow.context
-        if len(args) > 1:
-            return (hidden, mask, *args[2:]), kwargs
-        kwargs["attention_mask"] = mask
-        return (hidden, *args[1:]), kwargs
+            setattr(view.attn.module, attention.CONTEXT, flow.context)
+        return arguments
 
     def _start(self, stream: StreamView, hidden: Tensor, mask: Tensor | None) -> _Flow:
-        batch, width = hidden.shape[:2]
+        arguments = self._arguments.get(stream.name, {})
+        batch, width = (1, len(hidden)) if stream.packed else hidden.shape[:2]
         valid = torch.ones(batch, width, dtype=torch.bool, device=hidden.device)
-        answer_start = None
-        decoding = False
-        if stream.causal:
-            cache = self._request.cache
-            decoding = cache is not None and cache.get_seq_length() > 0
-            if mask is not None:
-                # The last query sees every real token, whatever side the padding is on.
-                valid = mask[:, 0, -1, -width:] == 0
-            answer_start = self._request.answer_start
-        prompt, answers = torch.ones_like(valid), 0
-        if answer_start is not None and not decoding:
-            prompt = torch.arange(width, device=hidden.device)[None] < answer_start[:, None]
-            answers = width - int(answer_start.max())
-        counts = (valid & prompt).sum(1)
-        return _Flow(width=width, valid=valid, prompt=prompt, counts=counts, decoding=decoding, answers=answers)
+        if mask is not None:
+            # The last query sees every real token, whatever side the padding is on.
+            last = mask[:, 0, -1, -width:]
+            valid = (last if last.dtype == torch.bool else last == 0).expand(batch, -1)
+        places = torch.arange(width, device=hidden.device)[None]
+        end = None
+        if stream.protected == "end":
+            end = stream.end(arguments)
+            valid = valid & (places <= end[:, None])
+        decoding, answers, prompt = False, 0, torch.ones_like(valid)
+        if self.fusion is not None and stream.name == "language":
+            decoding, start = self.fusion.decoding, self.fusion.answer_start
+            if start is not None and not decoding:
+                prompt = places < start[:, None]
+                answers = width - int(start.max())
+        return _Flow(
+            width=width,
+            valid=valid,
+            prompt=prompt,
+            counts=(valid & prompt).sum(1),
+            anchor=_anchor(stream, valid & prompt, end),
+            decoding=decoding,
+            answers=answers,
+        )
 
     def _collect(self, stream: StreamView, flow: _Flow, index: int) -> None:
         """Take over the scores that layer `index` left; a layer without attention hands on those before it."""
         if flow.context is None:
             return
-        if flow.context.scores is not None:
-            flow.scores, flow.context.scores = flow.context.scores, None
+        if (scores := flow.context.take()) is not None:
+            flow.scores = scores.reshape(flow.valid.shape)
         if self.observe is not None and flow.scores is not None and not flow.decoding:
             self.observe(stream.name, index, flow.scores, flow.valid & flow.prompt)
 
@@ -190,16 +232,10 @@ class Schedule:
             raise RuntimeError(
                 f"stream {stream.name!r} drops tokens before layer {index}, but no layer before it has attention"
             )
-        ranking = flow.scores.float() * flow.valid
-        # Answers, and the token that must survive: CLS, or the one that predicts what comes next.
-        protected = ~flow.prompt & flow.valid
-        if stream.protected == "first":
-            protected[:, 0] = True
-        else:
-            last = (flow.valid & flow.prompt).int()
-            protected.scatter_(1, last.shape[1] - 1 - last.flip(1).argmax(1, keepdim=True), True)
-        ranking = ranking + PROTECTED * protected
-        goal = targets(flow.counts, before=tokens[0], after=tokens[index]) + (~flow.prompt & flow.valid).sum(1)
+        answers = ~flow.prompt & flow.valid
+        protected = answers | (flow.positions() == flow.anchor[:, None])
+        ranking = flow.scores.float() * flow.valid + PROTECTED * protected
+        goal = targets(flow.counts, before=tokens[0], after=tokens[index]) + answers.sum(1)
         survivors = flow.valid & keep_within(ranking, goal)
         chosen = keep_tokens(ranking, keep=keep)
         flow.kept = chosen if flow.kept is None else flow.kept.gather(1, chosen)
@@ -209,188 +245,206 @@ class Schedule:
 
     def _through_cache(self, flow: _Flow, view: LayerView, index: int, mask: Tensor | None) -> Tensor | None:
         """Book the tokens of this layer into its cache layer; the mask over cached and new entries."""
-        cache = self._request.cache
+        cache = self.fusion.cache
         if cache is None:
             return mask
-        layer: ScheduledLayer = cache.layers[index]
-        before = layer.valid
-        layer.extend(flow.valid, flow.width)
-        if not flow.decoding or mask is None or view.attn is None:
+        before = cache.layers[index].valid
+        cache.layers[index].extend(flow.valid, flow.width)
+        if not flow.decoding or view.attn is None or mask is None and bool(before.all()):
             return mask
-        floor = torch.finfo(mask.dtype).min
+        floor = torch.finfo(self.model.dtype).min
+        old = torch.zeros_like(before, dtype=self.model.dtype).masked_fill(~before, floor)[:, None, None]
+        if mask is None:
+            mask = _causal(flow.width, old)
         new = mask[..., -flow.width :]
-        old = torch.zeros_like(before, dtype=mask.dtype).masked_fill(~before, floor)
-        return torch.cat([old[:, None, None].expand(-1, 1, new.shape[2], -1), new], -1)
+        return torch.cat([old.expand(-1, 1, new.shape[2], -1), new.expand(len(old), -1, -1, -1)], -1)
 
     # ---- around the streams
 
+    def enter(self, stream: StreamView, arguments: dict[str, Any]) -> None:
+        """Pre-hook of a stream's entry: note what it was called with."""
+        self._arguments[stream.name] = arguments
+
     def after_stream(self, stream: StreamView, output: Any) -> Any:
-        """Post-hook of a stream: collect the last scores; give a causal stream one position per token again."""
+        """Post-hook of a stream: collect the last scores; one position per token again where others count on that."""
         flow = self._flows[stream.name]
         self._collect(stream, flow, len(stream.layers) - 1)
-        if stream.causal and flow.kept is not None:
-            output.last_hidden_state = _spread(output.last_hidden_state, flow.kept, flow.width)
+        if stream.spread and flow.kept is not None:
+            output.last_hidden_state = spread(output.last_hidden_state, flow.kept, flow.width)
         return output
 
-    def before_model(self, kwargs: dict) -> dict:
-        """Pre-hook of the whole model: where do answers begin, as far as labels tell?"""
-        self._request = _Request()
-        labels = kwargs.get("labels")
-        if labels is not None:
-            is_answer = labels != -100
-            first = is_answer.int().argmax(1)
-            self._request.answer_start_given = torch.where(
-                is_answer.any(1), first, torch.full_like(first, labels.shape[1])
-            )
-        return kwargs
+    def after_connector(self, output: Any) -> Any:
+        """Post-hook of the connector: drop behind it where it needs all tokens.
 
-    def before_fusion(self, kwargs: dict) -> dict:
-        """Pre-hook of the module that joins the streams: leave out surplus image placeholders, prepare the cache."""
-        request, ids = self._request, kwargs.get("input_ids")
-        self._request = _Request(answer_start_given=request.answer_start_given)
-        request = self._request
-        if kwargs.get("use_cache") is not False or kwargs.get("past_key_values") is not None:
-            config = family_of(self.model).stream_config(self.model, "language")
-            kwargs["past_key_values"] = request.cache = scheduled_cache(kwargs.get("past_key_values"), config)
-        decoding = request.cache is not None and request.cache.get_seq_length() > 0
-        if decoding:
-            self._shift_decoding(kwargs, request.cache)
-            return kwargs
-        request.answer_start = request.answer_start_given
-        real = self._deliver_images(kwargs) if ids is not None else None
-        if real is None:
-            return kwargs
-        batch, width = real.shape
-        columns = real.nonzero()[:, 1].view(batch, -1)
-        request.real = real
-        if request.cache is not None:
-            request.cache.layers[0].real = real
-        kwargs["input_ids"] = ids.gather(1, columns)
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones_like(ids)
-        if mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask must be [batch, tokens] for a model with a token schedule, got {mask.shape}"
-            )
-        kwargs["attention_mask"] = mask.gather(1, columns)
-        # Kept image tokens follow each other, so positions are those of the compact sequence.
-        kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
-        if request.answer_start_given is not None:
-            before = torch.cat([real.new_zeros(batch, 1), real], 1).long().cumsum(1)
-            request.answer_start = before.gather(1, request.answer_start_given[:, None])[:, 0]
-        return kwargs
-
-    def _deliver_images(self, kwargs: dict) -> Tensor | None:
-        """Replace images by the features that the vision stream delivers for them.
-
-        Returns:
-            [b, tokens] bool, False for the placeholders beyond these features; None where there are none.
+        As many features an image as the dense model has come out, zeros for those dropped: transformers counts features
+        against placeholders when it expands a batch for beam search. The zeros stand at the end; in a model with absolute
+        positions they stand where the dropped tokens were.
         """
-        family, model, ids = family_of(self.model), self.model, kwargs["input_ids"]
-        dense = family.image_tokens(model, family.dense_vision_tokens(model))
-        delivered = family.image_tokens(model, self.tokens["vision"][-1])
-        if delivered == dense:
-            return None
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is None:
-            if kwargs.get("pixel_values") is None:
-                return None
-            given = inspect.signature(family.fusion(model).get_image_features).parameters
-            arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in given}
-            encoded = family.fusion(model).get_image_features(**arguments, return_dict=True)
-        features = [image[:delivered] for image in encoded.pooler_output]
-        kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-        is_image = ids == model.config.image_token_id
-        per_row = is_image.sum(1)
-        if int(per_row.sum()) != len(features) * dense:
-            return None  # compact already, or an error that transformers reports itself
-        if len(per_row.unique()) > 1:
-            raise ValueError("all prompts of a batch must show the same number of images under a token schedule")
-        within = (is_image.long().cumsum(1) - 1) % dense
-        return ~is_image | (within < delivered)
+        family, stream = family_of(self.model), self.streams["vision"]
+        if stream.hands_over:
+            return family.change_features(output, self._hand_on)
+        dense = family.image_tokens(self.model, self.tokens["vision"][0])
+        return F.pad(output, (0, 0, 0, dense - output.shape[1]))
 
-    def after_connector(self, features: Tensor) -> Tensor:
-        """Post-hook of the connector: as many features an image as the dense model has, zeros for those dropped.
-
-        transformers counts features against placeholders when it expands a batch for beam search.
-        """
-        family = family_of(self.model)
-        dense = family.image_tokens(self.model, family.dense_vision_tokens(self.model))
-        return F.pad(features, (0, 0, 0, dense - features.shape[1]))
-
-    def _shift_decoding(self, kwargs: dict, cache: Any) -> None:
-        """Bring the caller's mask and positions, where they count surplus placeholders, to the compact sequence."""
-        real, mask, positions = cache.layers[0].real, kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if real is None:
-            return
-        new = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-        surplus = (~real).sum(1, keepdim=True)
-        if mask is not None:
-            decoded = cache.get_seq_length() - int(real[0].sum())
-            if mask.shape[1] != real.shape[1] + decoded + new.shape[1]:
-                return  # compact already
-            columns = torch.cat([real, real.new_ones(len(real), mask.shape[1] - real.shape[1])], 1)
-            kwargs["attention_mask"] = mask[columns].view(len(real), -1)
-        elif positions is None or int(positions[0, 0]) < cache.get_seq_length() + int(surplus[0, 0]):
-            return  # without padding generate passes no mask; positions alone tell whether the surplus is counted
-        if positions is not None:
-            kwargs["position_ids"] = positions - surplus
-
-    def after_fusion(self, output: Any) -> Any:
-        """Post-hook of the joining module: one position per given token again."""
-        real = self._request.real
-        if real is not None:
-            columns = real.nonzero()[:, 1].view(len(real), -1)
-            output.last_hidden_state = _spread(output.last_hidden_state, columns, real.shape[1])
-        self._request = _Request()
-        return output
+    def _hand_on(self, features: Tensor) -> Tensor:
+        """Features [rows, d] of all images, with those of dropped tokens at the end of their image's, or zero in place."""
+        family, stream, flow = family_of(self.model), self.streams["vision"], self._flows["vision"]
+        flow.handed = None
+        falls = self._falls("vision", len(stream.layers))
+        if not falls and self.observe is None:
+            return features
+        scores = family.pool_scores(self.model, flow.scores, self._arguments["vision"])
+        if self.observe is not None:
+            for row in scores:
+                self.observe("vision", len(stream.layers), row[None], torch.ones_like(row[None], dtype=torch.bool))
+        if not falls:
+            return features
+        flow.handed, parts = [], []
+        before, after = family.image_tokens(self.model, self.tokens["vision"][0]), self.tokens["vision"][-1]
+        for row, image in zip(scores, features.split([len(row) for row in scores]), strict=True):
+            keep = layer_width(len(row), before=before, after=after, answers=0)
+            chosen = keep_tokens(row[None].float(), keep=keep)[0]
+            places = chosen if family.absolute_positions else torch.arange(keep, device=chosen.device)
+            parts.append(torch.zeros_like(image).index_copy(0, places, image[chosen]))
+            flow.handed.append(chosen)
+        return torch.cat(parts)
 
 
-def _spread(hidden: Tensor, index: Tensor, width: int) -> Tensor:
-    """[b, k, d] at positions `index` [b, k] of [b, width, d]; zero elsewhere."""
-    whole = hidden.new_zeros(hidden.shape[0], width, hidden.shape[2])
-    return whole.scatter(1, index[..., None].expand(-1, -1, hidden.shape[2]), hidden)
+def _anchor(stream: StreamView, prompt: Tensor, end: Tensor | None) -> Tensor:
+    """[b] the position of the token that must survive: CLS, the one that predicts what comes next, ..."""
+    width = prompt.shape[1]
+    if stream.protected == "end":
+        return end
+    if stream.protected == "last":
+        return width - 1 - prompt.int().flip(1).argmax(1)
+    fixed = {"first": 0, "final": width - 1, "none": -1}[stream.protected]
+    return torch.full((len(prompt),), fixed, device=prompt.device)
+
+
+def _has_padding(flow: _Flow) -> bool:
+    return not bool((flow.valid & flow.prompt).all())
+
+
+def _smaller_mask(mask: Tensor, flow: _Flow, *, keys: bool) -> Tensor:
+    """A mask [b, 1, n, m] for the surviving queries, and where `keys` are the same tokens for the surviving keys."""
+    if mask.shape[-2] != flow.width:
+        return mask
+    mask = take(mask, flow.kept, 2)
+    if not keys:
+        return mask
+    mask = take(mask, flow.kept, 3)
+    # An example may keep fewer than the batch; the rest of its slots are padding.
+    return mask.masked_fill(~flow.valid[:, None, None], torch.finfo(mask.dtype).min)
+
+
+def _causal(width: int, like: Tensor) -> Tensor:
+    """[1, 1, width, width], the mask among new tokens."""
+    floor = torch.finfo(like.dtype).min
+    return like.new_full((1, 1, width, width), floor).triu(1)
+
+
+# ---- hooks: objects, so that a copied model gets copies that belong to it
+
+
+@dataclass
+class _Hook:
+    schedule: Schedule
+    stream: StreamView
+
+
+@dataclass
+class _LayerHook(_Hook):
+    index: int
+    names: tuple[str, ...]
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        arguments = self.schedule.before_layer(self.stream, self.index, arguments)
+        return (arguments.pop("hidden_states"),), arguments
+
+
+@dataclass
+class _EntryHook(_Hook):
+    names: tuple[str, ...]
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.schedule.enter(self.stream, dict(zip(self.names, args, strict=False)) | kwargs)
+
+
+@dataclass
+class _StreamHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return self.schedule.after_stream(self.stream, output)
+
+
+@dataclass
+class _ConnectorHook:
+    schedule: Schedule
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return self.schedule.after_connector(output)
+
+
+@dataclass
+class _ProbabilitiesHook:
+    """For attention that returns its probabilities and does not ask transformers' attention interface."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        context = getattr(module, attention.CONTEXT, None)
+        if context is not None and context.wants_scores:
+            context.note(output[1])
 
 
 def attach(model: Any, tokens: Mapping[str, Iterable[int]]) -> Schedule:
     """Activate a token schedule on a model; one that is already active is replaced.
 
     Args:
-        tokens: per stream, tokens of each layer, as in a plan.
+        tokens: per stream, tokens of each layer, as in a plan (see `StreamPlan.schedule`).
     """
-    if (active := getattr(model, _ATTRIBUTE, None)) is not None:
+    if (active := active_schedule(model)) is not None:
         active.detach()
     attention.register()
     family = family_of(model)
     streams = family.streams(model)
     schedule = Schedule(model=model, streams=streams, tokens={name: tuple(tokens[name]) for name in streams})
-
-    def on_kwargs(method: Callable[[dict], dict]) -> Callable:
-        return lambda module, args, kwargs: (args, method(kwargs))
-
     handles = schedule._handles
     for name, stream in streams.items():
-        family.stream_config(model, name)._attn_implementation = attention.NAME
-        stream.root.config._attn_implementation = attention.NAME
-        for index, layer in enumerate(stream.layers):
-            hook = _layer_hook(schedule, stream, index)
-            handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if stream.follows:
+            continue
+        if not family.returns_probabilities:
+            _use_our_attention(family.stream_config(model, name), stream)
         handles.append(
-            stream.root.register_forward_hook(lambda m, args, output, s=stream: schedule.after_stream(s, output))
+            (stream.entry or stream.root).register_forward_pre_hook(
+                _EntryHook(schedule, stream, _parameters(stream.entry or stream.root)), with_kwargs=True
+            )
         )
-    connector: nn.Module = family.connector(model)
-    handles.append(connector.register_forward_hook(lambda m, args, output: schedule.after_connector(output)))
-    fusion: nn.Module = family.fusion(model)
-    handles.append(model.register_forward_pre_hook(on_kwargs(schedule.before_model), with_kwargs=True))
-    handles.append(fusion.register_forward_pre_hook(on_kwargs(schedule.before_fusion), with_kwargs=True))
-    handles.append(fusion.register_forward_hook(lambda m, args, output: schedule.after_fusion(output)))
+        for index, layer in enumerate(stream.layers):
+            hook = _LayerHook(schedule, stream, index, _parameters(layer.module))
+            handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            if family.returns_probabilities and layer.attn is not None:
+                handles.append(layer.attn.module.register_forward_hook(_ProbabilitiesHook()))
+        handles.append(stream.root.register_forward_hook(_StreamHook(schedule, stream)))
+    if (connector := family.connector(model)) is not None:
+        handles.append(connector.register_forward_hook(_ConnectorHook(schedule)))
+    handles += family.attach_extras(schedule)
     setattr(model, _ATTRIBUTE, schedule)
+    if family.fusion(model) is not None:
+        schedule.fusion = Fusion(model, schedule)
+        schedule.fusion.attach()
     return schedule
 
 
-def _layer_hook(schedule: Schedule, stream: StreamView, index: int) -> Callable:
-    return lambda module, args, kwargs: schedule.before_layer(stream, index, args, dict(kwargs))
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _use_our_attention(config: Any, stream: StreamView) -> None:
+    """transformers asks the config of each module which attention to use, and some modules have copies of their own."""
+    configs = [config, stream.root.config, getattr(stream.entry, "config", None)]
+    configs += [layer.attn.module.config for layer in stream.layers if layer.attn is not None]
+    for found in configs:
+        if found is not None:
+            found._attn_implementation = attention.NAME
 
 
 def active_schedule(model: Any) -> Schedule | None:
@@ -407,6 +461,6 @@ def lift_language_drops(model: Any) -> None:
 
 
 def drops_tokens(model: Any, stream: str) -> bool:
-    """Whether the model's active schedule drops tokens inside a stream."""
+    """Whether the model's active schedule drops tokens of a stream."""
     schedule = active_schedule(model)
     return schedule is not None and schedule.drops(stream)

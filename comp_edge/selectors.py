@@ -17,6 +17,8 @@ from comp_edge.schedule import Schedule
 from comp_edge.settings import PruneConfig
 from comp_edge.state import State
 from comp_edge.strategy import MPS, prices_of
+from comp_edge.tasks.packing import examples, take_rows
+from comp_edge.units import KINDS, Site
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,7 @@ class CompSelector:
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
         """The mode that MPS chooses among those that can still save."""
-        config = setting.config
-        statistics = collect(
-            setting.model, setting.masks, setting.schedule, setting.calibration, cip=config.cip, norm=config.token_norm
-        )
+        statistics = collect_wanda(setting)
         options = {mode: self._propose(setting, state, mode, statistics, goal) for mode in setting.modes}
         proposals = {mode: proposal for mode, proposal in options.items() if proposal is not None}
         if not proposals:
@@ -122,7 +121,7 @@ class ProbeSelector:
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
         """The cheapest actions by looking ahead, until the goal is met."""
-        scores = taylor_scores(setting.model, setting.task, setting.masks, _parts(setting.calibration, self.parts))
+        scores = self._scores(setting)
         actions = _actions(setting, state)
         options = {action: _propose(setting, state, action, scores, goal) for action in actions}
         usable = {action: proposal for action, proposal in options.items() if proposal is not None}
@@ -148,6 +147,14 @@ class ProbeSelector:
         chosen = replace(main, state=taken[-1].state, saving=saved)
         return chosen, {"why": "cheapest", "also": also, "costs": {usable[a].name: prices[a] for a in prices}}
 
+    def _scores(self, setting: Setting) -> dict[Site, Tensor]:
+        if setting.config.ranks_by == "taylor":
+            # Contrastive losses say nothing of a single example.
+            least = getattr(setting.task, "least_examples", 1)
+            parts = _parts(setting.calibration, self.parts, least=least)
+            return taylor_scores(setting.model, setting.task, setting.masks, parts)
+        return collect_wanda(setting).wanda()
+
     @torch.no_grad()
     def _loss(self, setting: Setting, old: State, new: State) -> float:
         apply_state(setting.masks, setting.schedule, old, new, fade=0.0, cit=setting.config.cit)
@@ -164,12 +171,20 @@ class ProbeSelector:
         """Nothing is remembered."""
 
 
+def collect_wanda(setting: Setting) -> Collector:
+    """Statistics of the calibration batches, for structured Wanda and token importance, as the config says."""
+    config = setting.config
+    return collect(
+        setting.model, setting.masks, setting.schedule, setting.calibration, cip=config.cip, norm=config.token_norm
+    )
+
+
 def _actions(setting: Setting, state: State) -> list[tuple[str, str | int]]:
     """What the probe may try: (mode, kind of unit) and (mode, first layer with fewer tokens)."""
     found: list[tuple[str, str | int]] = []
     for mode in setting.modes:
         stream, what = mode.rsplit("_", 1)
-        parts = ("heads", "ffn") if what == "params" else range(1, len(state.tokens[stream]))
+        parts = KINDS if what == "params" else setting.schedule.streams[stream].drop_points
         found += [(mode, part) for part in parts]
     return found
 
@@ -181,7 +196,9 @@ def _propose(
     stream = mode.rsplit("_", 1)[0]
     if isinstance(part, int):
         return setting.proposer.tokens_from_layer(state, stream=stream, layer=part, goal=goal)
-    return setting.proposer.parameters(state, scores, stream=stream, kinds=(part,), goal=goal, per_cost=True)
+    # Wanda's scores of different layers have different scales.
+    per_cost = setting.config.ranks_by == "taylor"
+    return setting.proposer.parameters(state, scores, stream=stream, kinds=(part,), goal=goal, per_cost=per_cost)
 
 
 def make_selector(strategy: str, config: PruneConfig) -> Selector:
@@ -207,9 +224,13 @@ def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *,
     }
 
 
-def _parts(batches: Sequence[dict[str, Tensor]], parts: int) -> Iterator[dict[str, Tensor]]:
+def _parts(batches: Sequence[dict[str, Tensor]], parts: int, *, least: int) -> Iterator[dict[str, Tensor]]:
+    """The batches cut by examples; one whose tensors disagree on how many it has stays whole."""
     for batch in batches:
-        size = len(next(iter(batch.values())))
-        step = max(1, size // parts)
+        size = examples(batch)
+        if size is None:
+            yield batch
+            continue
+        step = max(1, min(least, size), size // parts)
         for start in range(0, size - step + 1, step):
-            yield {name: value[start : start + step] for name, value in batch.items()}
+            yield take_rows(batch, slice(start, start + step))

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from comp_edge.budget import Budget
+from comp_edge.card import write_card
 from comp_edge.checkpoint import write_model
 from comp_edge.cost import MacsCost
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
 from comp_edge.files import check_writable, whole_folder, write_json, write_text
 from comp_edge.masks import UnitMasks
+from comp_edge.memory import peak_bytes, reset_peak
 from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine, with_prefix
-from comp_edge.plan import CostRecord, Plan
+from comp_edge.plan import CostRecord, Plan, plan_of
 from comp_edge.proposals import Limits, Proposer
 from comp_edge.recovery import Distillation
 from comp_edge.schedule import attach
@@ -30,9 +32,8 @@ from comp_edge.selectors import Setting, apply_state, make_selector
 from comp_edge.settings import Progress, PruneConfig, PruneResult
 from comp_edge.state import State
 from comp_edge.strategy import STRATEGIES
-from comp_edge.surgery import PLAN_ATTRIBUTE, apply_plan
+from comp_edge.surgery import apply_plan
 from comp_edge.tasks import Task, take_examples
-from comp_edge.units import reference_prompt
 
 WORK_SUFFIX = ".work"  # the folder beside the output in which a run keeps its checkpoint until it is complete
 STATE_FILE, TRACE_FILE, METRICS_FILE = "state.safetensors", "trace.jsonl", "metrics.json"
@@ -63,8 +64,6 @@ class Session:
             raise InputError(f"unknown strategy {strategy!r}; give one of {', '.join(STRATEGIES)}.")
         if deploy not in ("any", "stock"):
             raise InputError(f"unknown deployment {deploy!r}; give 'any' or 'stock'.")
-        if getattr(model, PLAN_ATTRIBUTE, None) is not None:
-            raise InputError("the model is already pruned; give the dense model that it came from.")
         self.model, self.task, self.budget, self.strategy = model, task, budget, strategy
         self.seed, self.config, self.on_progress = seed, config, on_progress
         self.family = family_of(model)
@@ -75,8 +74,8 @@ class Session:
             check_writable(self.out)
             self.work = self.out.with_name(self.out.name + WORK_SUFFIX)
         self.streams = self.family.streams(model)
-        prompt_tokens = reference_prompt(model, task.example_inputs())
-        self.state = State.dense(model, prompt_tokens=prompt_tokens, base=base)
+        self.start_plan = plan_of(model)
+        self.state = State.of(model, request=self.family.request(model, task.example_inputs()), base=base)
         self.cost = budget.cost_model(model)
         self.dense_cost = self.cost.predict(self.state.plan())
         self.target = budget.target(self.dense_cost) / self.dense_cost
@@ -97,7 +96,8 @@ class Session:
         if not self.validation:
             raise InputError("the task has no validation batches; they are what steers the pruning.")
         self.macs = MacsCost(model)
-        self.distillation = Distillation(model, task, weight=config.distill)
+        # Without training there is nothing to learn from a copy of the dense model.
+        self.distillation = Distillation(model, task, weight=config.distill) if config.trains else None
         self.masks = UnitMasks(self.streams)
         self.schedule = attach(model, self.state.tokens)
         self.selector = make_selector(strategy, config)
@@ -115,15 +115,18 @@ class Session:
             loss=lambda m, batch: float(task.loss(m, batch)),
         )
         self.optimizer = self._new_optimizer()
+        if not config.trains:
+            model.requires_grad_(False)
         self.stage, self.tuned = 0, 0
         self.score = self.dense_score = math.nan
+        self.dense_test_score: float | None = None
         self.trace: list[dict[str, Any]] = []
         self.seconds = {"training": 0.0, "selection": 0.0, "scoring": 0.0}
 
     # ---- set-up
 
     def _modes(self, wanted: Sequence[str] | None, deploy: str) -> list[str]:
-        modes = list(self.family.modes)
+        modes = list(self.family.modes(self.model))
         unknown = [mode for mode in wanted or () if mode not in modes]
         if unknown:
             raise InputError(f"mode {unknown[0]!r} is not one of the model's: {', '.join(modes)}.")
@@ -140,9 +143,11 @@ class Session:
 
     # ---- stages
 
-    def start(self) -> None:
+    def start(self, *, evaluate: bool) -> None:
         """Score the dense model, and leave a first checkpoint."""
         self.score = self.dense_score = self._score()
+        if evaluate and self.distillation is None:  # later there is no copy of it to score
+            self.dense_test_score = self.task.score(self.model, self.task.test_batches())
         self._apply(self.state, self.state, 0.0)
         self._checkpoint()
 
@@ -154,6 +159,7 @@ class Session:
 
     def _run_stage(self, cost: float) -> float:
         started = time.perf_counter()
+        reset_peak()
         goal = min((1 - self.target) / self.config.stages, cost - self.target)
         self.model.eval()
         chosen, choice = self.selector.select(self.setting, self.state, goal=goal, stage=self.stage)
@@ -182,6 +188,7 @@ class Session:
             "macs": self.macs.predict(self.state.plan()),
             "plan": self.state.to_json(),
             "seconds": round(time.perf_counter() - started, 3),
+            "peak_memory_bytes": peak_bytes(),
         }
         if self.budget.cost is not None:
             record["predicted_ms"] = after * self.dense_cost
@@ -190,8 +197,8 @@ class Session:
         self._tell("prune", f"stage {self.stage} {chosen.name}, cost {after:.3f}, score {self.score:.3f}")
         return after
 
-    def _train_stage(self, old: State, new: State) -> float:
-        """Interleave training with the fading; the mean loss of the stage."""
+    def _train_stage(self, old: State, new: State) -> float | None:
+        """Interleave training with the fading; the mean loss of the stage, None without steps."""
         started, steps = time.perf_counter(), self.config.stage_steps
         losses = []
         self.model.train()
@@ -201,7 +208,7 @@ class Session:
             self._tell("prune", step=step + 1)
         self._apply(new, new, 0.0)
         self.seconds["training"] += time.perf_counter() - started
-        return sum(losses) / max(1, len(losses))
+        return sum(losses) / len(losses) if losses else None
 
     def _apply(self, old: State, new: State, fade: float) -> None:
         apply_state(self.masks, self.schedule, old, new, fade=fade, cit=self.config.cit)
@@ -215,7 +222,7 @@ class Session:
 
     def finish(self) -> None:
         """Freeze the plan, shrink the model, fine-tune what is left."""
-        if getattr(self.model, PLAN_ATTRIBUTE, None) is None:
+        if plan_of(self.model) is self.start_plan:
             self._shrink()
         steps = self.config.final_steps
         self.model.train()
@@ -244,10 +251,11 @@ class Session:
 
     def save(self, processor: Any, *, evaluate: bool) -> PruneResult:
         """Score, and write the folder."""
-        plan = getattr(self.model, PLAN_ATTRIBUTE)
+        plan = plan_of(self.model)
         dense, pruned = self.macs.parts(self.state.template), self.macs.parts(plan)
         self._tell("evaluate")
         metrics: dict[str, Any] = {
+            "task": getattr(self.task, "name", type(self.task).__name__),
             "strategy": self.strategy,
             "seed": self.seed,
             "stages": self.stage,
@@ -257,15 +265,19 @@ class Session:
             "macs_kept": pruned["total"] / dense["total"],
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "peak_memory_bytes": max([peak_bytes(), *(stage["peak_memory_bytes"] for stage in self.trace)]),
         }
         if evaluate:
             metrics["pruned"]["test_score"] = self.task.score(self.model, self.task.test_batches())
-            metrics["dense"]["test_score"] = self.task.score(self.distillation.dense, self.task.test_batches())
+            if self.distillation is not None:
+                self.dense_test_score = self.task.score(self.distillation.dense, self.task.test_batches())
+            metrics["dense"]["test_score"] = self.dense_test_score
         if self.out is not None:
             with whole_folder(self.out) as staging:
                 write_model(self.model, plan, staging, processor=processor)
                 write_text(staging / TRACE_FILE, "".join(json.dumps(line) + "\n" for line in self.trace))
                 write_json(staging / METRICS_FILE, metrics)
+                write_card(staging, self.model, plan, metrics=metrics)
             (self.work / STATE_FILE).unlink(missing_ok=True)
             self.work.rmdir()
         return PruneResult(model=self.model, plan=plan, metrics=metrics, trace=self.trace, folder=self.out)
@@ -275,14 +287,17 @@ class Session:
     def _checkpoint(self) -> None:
         if self.work is None:
             return
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state_tensors().items()}
+        tensors: dict[str, Tensor] = {}
+        if self.config.trains:  # otherwise the weights are what they were
+            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+            tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state_tensors().items()}
         progress = {
             "identity": self.identity,
             "stage": self.stage,
             "tuned": self.tuned,
             "score": self.score,
             "dense_score": self.dense_score,
+            "dense_test_score": self.dense_test_score,
             "state": self.state.to_json(),
             "selector": self.selector.to_json(),
             "trace": self.trace,
@@ -307,6 +322,7 @@ class Session:
                 )
         self.stage, self.tuned = progress["stage"], progress["tuned"]
         self.score, self.dense_score = progress["score"], progress["dense_score"]
+        self.dense_test_score = progress["dense_test_score"]
         self.trace, self.seconds = progress["trace"], progress["seconds"]
         self.state.restore(progress["state"])
         self.selector.restore(progress["selector"])
@@ -314,12 +330,15 @@ class Session:
             self._shrink()
         else:
             self._apply(self.state, self.state, 0.0)
-        self.model.load_state_dict(with_prefix(tensors, "model."))
-        self.optimizer.load_state_tensors(with_prefix(tensors, "optimizer."))
+        if self.config.trains:
+            self.model.load_state_dict(with_prefix(tensors, "model."))
+            self.optimizer.load_state_tensors(with_prefix(tensors, "optimizer."))
 
     # ---- small things
 
-    def _new_optimizer(self) -> Optimizer:
+    def _new_optimizer(self) -> Optimizer | None:
+        if not self.config.trains:
+            return None
         return Optimizer(self.model.named_parameters(), matrix_lr=self.config.matrix_lr, lr=self.config.lr)
 
     def _batches(self, chunk: int) -> Iterable[dict[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from comp_edge.importance import Norm
 from comp_edge.plan import Plan
@@ -18,7 +18,10 @@ class PruneConfig:
     Attributes:
         stages: how many stages the way to the budget is divided into.
         stage_steps: optimizer steps of a stage; masks fade over the first two thirds.
-        final_steps: optimizer steps after the plan is frozen, on the shrunk model.
+        final_steps: optimizer steps after the plan is frozen, on the shrunk model. With neither, nothing is trained: no
+            teacher is kept, no gradient is computed, and memory stays close to the model's own.
+        importance: what ranks units for `probe`: first-order Taylor, which needs gradients, or structured Wanda; by
+            default Taylor, and Wanda where nothing is trained. (`comp` ranks by Wanda, as the paper does.)
         lr, matrix_lr: peak learning rates of AdamW and Muon.
         val_examples: validation examples that score a stage.
         calibration_batches: training batches for importance, and as many others for looking ahead.
@@ -34,6 +37,7 @@ class PruneConfig:
     stages: int = 16
     stage_steps: int = 15
     final_steps: int = 300
+    importance: Literal["taylor", "wanda"] | None = None
     lr: float = 5e-4
     matrix_lr: float = 1.5e-3
     val_examples: int = 500
@@ -46,6 +50,16 @@ class PruneConfig:
     round_to: int = 32
     stage_share: float = 0.25
     mps: MPSConfig = field(default_factory=MPSConfig)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any weight changes but by removal."""
+        return self.stage_steps + self.final_steps > 0
+
+    @property
+    def ranks_by(self) -> Literal["taylor", "wanda"]:
+        """The importance that `probe` uses."""
+        return self.importance or ("taylor" if self.trains else "wanda")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from comp_edge.families import family_of
-from comp_edge.families.base import StreamView
-from comp_edge.plan import LayerPlan, Plan, StreamPlan
-from comp_edge.units import Kind, Site, dense_plan, sites, unit_count
+from comp_edge.families.base import Request, StreamView
+from comp_edge.plan import LayerPlan, Plan, StreamPlan, plan_of
+from comp_edge.units import KINDS, Kind, Site, dense_plan, sites, unit_count
 
 WIDE_ENOUGH = 4  # a layer's width is rounded when it is at least this many multiples wide
 
@@ -23,21 +23,29 @@ class State:
     """Live units and token counts; mutable, cheap to copy.
 
     Attributes:
-        alive: [units] bool per site.
-        tokens: tokens of each layer, per stream.
+        alive: [units] bool per site, in the order in which the units lie in the model's weights.
+        tokens: token schedule per stream (see `StreamPlan.schedule`).
+        template: the plan that the model has now; what `alive` counts are the units that it keeps.
+        follows: streams that compute on the tokens of another one.
     """
 
     alive: dict[Site, Tensor]
     tokens: dict[str, list[int]]
     template: Plan = field(repr=False)
+    follows: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def dense(cls, model: Any, *, prompt_tokens: int, base: str) -> State:
-        """Everything alive."""
-        plan = dense_plan(model, prompt_tokens=prompt_tokens, base=base)
+    def of(cls, model: Any, *, base: str, prompt_tokens: int | None = None, request: Request | None = None) -> State:
+        """Everything alive that the model has: a dense one, or one that was pruned before.
+
+        Args:
+            prompt_tokens, request: see `dense_plan`; a pruned model's plan says it itself.
+        """
+        plan = plan_of(model) or dense_plan(model, prompt_tokens=prompt_tokens, request=request, base=base)
         streams = family_of(model).streams(model)
         alive = {site: torch.ones(unit_count(streams, site), dtype=torch.bool) for site in sites(streams)}
-        return cls(alive=alive, tokens={k: list(v.tokens) for k, v in plan.streams.items()}, template=plan)
+        follows = {name: stream.follows for name, stream in streams.items() if stream.follows}
+        return cls(alive=alive, tokens={k: list(v) for k, v in plan.schedules.items()}, template=plan, follows=follows)
 
     def copy(self) -> State:
         """An independent copy."""
@@ -45,22 +53,31 @@ class State:
             alive={site: mask.clone() for site, mask in self.alive.items()},
             tokens={name: list(tokens) for name, tokens in self.tokens.items()},
             template=self.template,
+            follows=self.follows,
         )
 
     def plan(self) -> Plan:
-        """As a plan (not validated: this runs thousands of times)."""
+        """As a plan, in dense indices (not validated: this runs thousands of times)."""
         streams = {}
         for name, stream in self.template.streams.items():
+            count = len(stream.layers)
             layers = tuple(
-                LayerPlan.model_construct(heads=self._kept(name, i, "heads"), ffn=self._kept(name, i, "ffn"))
-                for i in range(len(stream.layers))
+                LayerPlan.model_construct(**{kind: self._kept(name, i, kind) for kind in KINDS}) for i in range(count)
             )
-            streams[name] = StreamPlan.model_construct(layers=layers, tokens=tuple(self.tokens[name]))
+            tokens = self.tokens[self.follows.get(name, name)]
+            streams[name] = StreamPlan.model_construct(
+                layers=layers,
+                tokens=tuple(tokens[:count]),
+                delivered=tokens[count] if len(tokens) > count and name not in self.follows else None,
+            )
         return self.template.model_copy(update={"streams": streams})
 
     def _kept(self, stream: str, layer: int, kind: Kind) -> tuple[int, ...]:
         mask = self.alive.get(Site(stream, layer, kind))
-        return () if mask is None else tuple(mask.nonzero()[:, 0].tolist())
+        if mask is None:
+            return ()
+        dense = getattr(self.template.streams[stream].layers[layer], kind)
+        return tuple(dense[i] for i in mask.nonzero()[:, 0].tolist())
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint records."""
@@ -70,14 +87,14 @@ class State:
     def restore(self, value: Mapping[str, Any]) -> None:
         """Take over what `to_json` gave."""
         for name, stream in value.items():
-            self.tokens[name] = list(stream["tokens"])
+            delivered = stream.get("delivered")
+            self.tokens[name] = list(stream["tokens"]) + ([] if delivered is None else [delivered])
             for index, layer in enumerate(stream["layers"]):
-                for kind in ("heads", "ffn"):
-                    site = Site(name, index, kind)
-                    if site in self.alive:
-                        mask = torch.zeros_like(self.alive[site])
-                        mask[layer[kind]] = True
-                        self.alive[site] = mask
+                for kind in KINDS:
+                    if (site := Site(name, index, kind)) in self.alive:
+                        kept = set(layer[kind])
+                        dense = getattr(self.template.streams[name].layers[index], kind)
+                        self.alive[site] = torch.tensor([unit in kept for unit in dense], dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,8 @@ def next_chunk(
         size = round_to if len(alive) >= WIDE_ENOUGH * round_to else max(1, len(alive) // 16)
         count = len(living) - (-(-len(living) // size) - 1) * size  # down to the next multiple below
         candidates = [living[scores[living].argsort()[:count]]]
+    elif not layer.attn.separable:
+        size, candidates = 1, [living]
     else:
         size = 1
         step = _head_step(layer.attn.heads * layer.attn.head_dim, layer.attn.head_dim, round_to)

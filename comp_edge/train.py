@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comp_edge.families import family_of
 from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine, with_prefix
 from comp_edge.tasks import Task, take_examples
 from comp_edge.tasks.folding import distinct_images
+from comp_edge.tasks.packing import PIXELS, take_rows
 
 CHUNK = 250  # steps between checkpoints; the data order is seeded by chunk, so a resumed run sees the same batches
 CHECKPOINT = "train.safetensors"
@@ -76,7 +78,7 @@ def train(
             objective = loss
             if head is not None:
                 first, _ = distinct_images(batch["image_ids"])
-                features = _patch_features(model, batch["pixel_values"][first])
+                features = _patch_features(model, take_rows(batch, first))
                 labels = task.patch_labels(batch["image_ids"][first])
                 # Decays to nothing: it shows the tower what to see, then leaves it to the questions.
                 objective = loss + auxiliary * max(0.0, 1 - 1.25 * done / steps) * head(features, labels)
@@ -99,19 +101,33 @@ def train(
     return TrainResult(val_score=score, steps=done, loss=mean)
 
 
+@torch.no_grad()
 def _auxiliary_head(model: Any, task: Task) -> nn.Module | None:
+    """The task's per-patch classifier, where it has one and the model sees an image as one square grid of patches."""
     make = getattr(task, "auxiliary_head", None)
-    if make is None:
+    vision = family_of(model).streams(model)["vision"]
+    if make is None or vision.packed:
         return None
-    pixels = task.example_inputs()["pixel_values"]
-    with torch.no_grad():
-        features = _patch_features(model, pixels)
+    example = next(iter(task.val_batches()))
+    if _pictures(example) is None:
+        return None
+    features = _patch_features(model, take_rows(example, slice(0, 1)))
     return make(features.shape[-1], features.shape[1])
 
 
-def _patch_features(model: Any, pixel_values: Tensor) -> Tensor:
-    """Patch tokens [n, patches, width] of the vision tower's last hidden state, CLS left out."""
-    return model.model.vision_tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
+def _pictures(batch: dict[str, Tensor]) -> Tensor | None:
+    """Images [n, 3, H, W] of a batch; None where they are patches or more than one tile each."""
+    pixels = batch[PIXELS]
+    if pixels.ndim == 5 and pixels.shape[1] == 1:
+        pixels = pixels[:, 0]
+    return pixels if pixels.ndim == 4 else None
+
+
+def _patch_features(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Patch tokens [n, patches, width] that the vision stream ends with, CLS left out."""
+    tower = family_of(model).streams(model)["vision"].root
+    hidden = tower(pixel_values=_pictures(batch)).last_hidden_state
+    return hidden[:, hidden.shape[1] - math.isqrt(hidden.shape[1]) ** 2 :]
 
 
 def _restore(tensors: dict[str, Tensor], model: Any, head: nn.Module | None, optimizer: Optimizer) -> None:

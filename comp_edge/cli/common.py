@@ -16,6 +16,16 @@ from comp_edge.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+MODEL_HELP = "a reference model, a folder (dense or pruned), a hub id, or random:SHAPE (see comp-edge inspect --list)"
+TASK_HELP = "digit_vqa, easy_vqa, synthetic or path/to/file.py:ClassName"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def dtype(name: str) -> Any:
+    """The torch dtype of this name."""
+    import torch
+
+    return getattr(torch, name)
 
 
 class Parser(argparse.ArgumentParser):

@@ -185,11 +185,11 @@ def _prune(folder: Path, arguments: Any, clock: _Clock) -> tuple[dict[str, Any],
     """Prune; take up an interrupted demo where it can be. Returns metrics and the reference prompt's text tokens."""
     from comp_edge.budget import Budget
     from comp_edge.checkpoint import load_dense, load_processor
-    from comp_edge.families import family_of
     from comp_edge.pruning import prune
     from comp_edge.session import STATE_FILE, WORK_SUFFIX
     from comp_edge.settings import Progress
     from comp_edge.tasks import load_task
+    from comp_edge.units import text_tokens
 
     processor = load_processor(MODEL)
 
@@ -222,8 +222,7 @@ def _prune(folder: Path, arguments: Any, clock: _Clock) -> tuple[dict[str, Any],
         if not interrupted:
             raise
         result = attempt(resume=False)  # what was interrupted was another run
-    tokens = {name: stream.tokens for name, stream in result.plan.streams.items()}
-    return result.metrics, family_of(result.model).prompt_tokens(result.model, tokens)
+    return result.metrics, text_tokens(result.model, result.plan)
 
 
 def _score_lifted(folder: Path, requests: Path) -> float:

@@ -36,9 +36,9 @@ def run(arguments: Any) -> None:
     """Score and count."""
     from comp_edge.checkpoint import load_any, load_processor, resolve
     from comp_edge.cost import macs
+    from comp_edge.families import family_of
     from comp_edge.schedule import lift_language_drops
     from comp_edge.tasks import load_task, task_class
-    from comp_edge.units import reference_prompt
 
     resolve(arguments.model)
     task_class(arguments.task)
@@ -46,7 +46,7 @@ def run(arguments: Any) -> None:
     if arguments.deploy == "stock":
         lift_language_drops(model)
     task = load_task(arguments.task, load_processor(arguments.model))
-    prompt = reference_prompt(model, task.example_inputs())
+    prompt = family_of(model).request(model, task.example_inputs()).text_tokens
     batches = list(getattr(task, f"{arguments.split}_batches")())
     total = sum(len(next(iter(batch.values()))) for batch in batches)
 
@@ -80,8 +80,8 @@ def run(arguments: Any) -> None:
 
 def _running_plan(model: Any) -> Any:
     """The model's plan with the token counts that it really runs on; None for a dense model."""
+    from comp_edge.plan import plan_of
     from comp_edge.schedule import active_schedule
-    from comp_edge.surgery import PLAN_ATTRIBUTE
 
-    plan, schedule = getattr(model, PLAN_ATTRIBUTE, None), active_schedule(model)
+    plan, schedule = plan_of(model), active_schedule(model)
     return plan if plan is None else plan.with_tokens("language", schedule.tokens["language"])

@@ -12,7 +12,11 @@ examples:
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 -o pruned
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 --strategy comp -o pruned-comp
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 -o pruned --resume    after an interruption
-  comp-edge prune --model my-vlm --task tasks/my_task.py:MyTask --keep 0.5 --deploy stock -o pruned
+  comp-edge prune --model HuggingFaceTB/SmolVLM-256M-Instruct --task tasks/my_task.py:MyTask --keep 0.5 -o pruned
+  comp-edge prune --model pruned --task digit_vqa --keep 0.8 -o pruned-more       80 % of what is left
+  comp-edge prune --model my-vlm --task tasks/my_task.py:MyTask --train-steps 0 --strategy comp --dtype bfloat16 -o out
+                                                      without training: importance from calibration batches only
+  comp-edge prune --model random:smolvlm-256m --task synthetic --train-steps 40 -o out     time and memory at true size
 """
 
 
@@ -26,8 +30,11 @@ def add(subparsers: Any) -> None:
         description="Prune parameters and tokens together until the model meets a budget (CoMP).",
         epilog=EXAMPLES,
     )
-    parser.add_argument("--model", required=True, help="a reference model, a dense folder or a hub id")
-    parser.add_argument("--task", required=True, help="digit_vqa, easy_vqa or path/to/file.py:ClassName")
+    parser.add_argument("--model", required=True, help=common.MODEL_HELP)
+    parser.add_argument("--task", required=True, help=common.TASK_HELP)
+    parser.add_argument(
+        "--dtype", choices=common.DTYPES, default="float32", help="of the weights while pruning (default: float32)"
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write the pruned model to")
     parser.add_argument("--keep", type=common.fraction, default=0.3, help="fraction of the MACs to keep (default: 0.3)")
     parser.add_argument("--decode-tokens", type=common.natural, default=0, help="generated tokens to count in")
@@ -43,6 +50,12 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--stages", type=common.count, help="stages on the way to the budget")
     parser.add_argument("--stage-steps", type=common.count, help="optimizer steps of a stage")
     parser.add_argument("--final-steps", type=common.natural, help="fine-tuning steps after the plan is frozen")
+    parser.add_argument(
+        "--train-steps", type=common.natural, metavar="N",
+        help="optimizer steps in all, instead of the two options above: half in stages, half after them; 0 trains nothing",
+    )
+    parser.add_argument("--val-examples", type=common.count, help="validation examples that score a stage")
+    parser.add_argument("--no-eval", action="store_true", help="do not score on the test split at the end")
     parser.add_argument("--lr", type=common.positive, help="AdamW's peak learning rate")
     parser.add_argument("--matrix-lr", type=common.positive, help="Muon's peak learning rate")
     parser.add_argument("--seed", type=common.natural, default=0)
@@ -54,7 +67,7 @@ def add(subparsers: Any) -> None:
 def run(arguments: Any) -> None:
     """Prune, report."""
     from comp_edge.budget import Budget
-    from comp_edge.checkpoint import is_pruned, load_dense, load_processor, resolve
+    from comp_edge.checkpoint import load_any, load_processor, resolve
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable
     from comp_edge.pruning import prune
@@ -66,18 +79,18 @@ def run(arguments: Any) -> None:
     if arguments.strategy not in STRATEGIES:
         raise InputError(f"unknown strategy {arguments.strategy!r}; give one of {', '.join(STRATEGIES)}.")
     resolve(arguments.model)
-    if is_pruned(arguments.model):
-        raise InputError(f"{arguments.model!r} is pruned already; give the dense model that it came from.")
     task_class(arguments.task)
     check_writable(arguments.out)
     options = {
         name: getattr(arguments, name)
-        for name in ("stages", "stage_steps", "final_steps", "lr", "matrix_lr", "round_to")
+        for name in ("stages", "stage_steps", "final_steps", "lr", "matrix_lr", "round_to", "val_examples")
         if getattr(arguments, name) is not None
     }
+    if arguments.train_steps is not None:
+        options |= _share_steps(arguments, options.get("stages", PruneConfig.stages))
     if arguments.modes:
         options["modes"] = tuple(arguments.modes)
-    model = load_dense(arguments.model)
+    model = load_any(arguments.model, dtype=common.dtype(arguments.dtype))
     processor = load_processor(arguments.model)
     task = load_task(arguments.task, processor)
     with common.progress_bar("prune") as update:
@@ -101,15 +114,45 @@ def run(arguments: Any) -> None:
             base=arguments.model,
             deploy=arguments.deploy,
             resume=arguments.resume,
+            evaluate=not arguments.no_eval,
             on_progress=on_progress,
         )
     write_report(arguments.out, task=arguments.task)
     metrics = result.metrics
     if arguments.json:
-        common.print_json(metrics)
+        common.print_json(metrics | {"trace": result.trace})
         return
+    _print_stages(result.trace)
     dense, pruned = metrics["dense"], metrics["pruned"]
+    split = "val" if arguments.no_eval else "test"
     print(
-        f"{arguments.out}: {metrics['macs_kept']:.1%} of the MACs, test score {pruned['test_score']:.4f} "
-        f"(dense {dense.get('test_score', float('nan')):.4f}); look at {arguments.out / 'report.html'}"
+        f"{arguments.out}: {metrics['macs_kept']:.1%} of the MACs, {split} score {pruned[f'{split}_score']:.4f} "
+        f"(before {dense[f'{split}_score']:.4f}), {sum(metrics['seconds'].values()):.0f} s, at most "
+        f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB; look at {arguments.out / 'report.html'}"
     )
+
+
+def _share_steps(arguments: Any, stages: int) -> dict[str, int]:
+    """`--train-steps` as steps of a stage and steps at the end."""
+    from comp_edge.errors import InputError
+
+    if arguments.stage_steps is not None or arguments.final_steps is not None:
+        raise InputError("--train-steps says how many steps there are in all; leave out --stage-steps and --final-steps.")
+    each = arguments.train_steps // 2 // stages
+    return {"stage_steps": each, "final_steps": arguments.train_steps - each * stages}
+
+
+def _print_stages(trace: list[dict[str, Any]]) -> None:
+    """What each stage did, how long it took and how much memory it needed, on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="stages")
+    for name in ("stage", "mode", "action", "MACs kept", "score", "seconds", "peak memory"):
+        table.add_column(name, justify="left" if name in ("mode", "action") else "right")
+    for stage in trace:
+        table.add_row(
+            str(stage["stage"]), stage["mode"], stage["action"], f"{stage['cost_fraction']:.3f}", f"{stage['score']:.3f}",
+            f"{stage['seconds']:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB",
+        )  # fmt: skip
+    Console(stderr=True).print(table)

@@ -1,4 +1,4 @@
-"""LLaVA: a CLIP vision tower, a projector, a Llama decoder."""
+"""LLaVA 1.5: a CLIP vision tower, a projector, a Llama decoder (or another one with Llama's layers)."""
 
 from __future__ import annotations
 
@@ -7,54 +7,47 @@ from typing import Any
 from torch import nn
 
 from comp_edge.families.base import (
-    AttentionView,
-    Family,
-    FixedMacs,
-    LayerView,
-    MlpView,
-    SkippedAttention,
-    SkippedMlp,
+    LLAMA,
+    VIT,
+    Count,
+    Generative,
+    LayerNames,
     StreamView,
+    layer_view,
+    linear_macs,
+    patch_macs,
 )
 
 
-class Llava(Family):
-    """`LlavaForConditionalGeneration` with a CLIP tower (CLS token) and a Llama language model."""
+class Llava(Generative):
+    """`LlavaForConditionalGeneration`. Tokens are dropped inside both streams: the projector takes each token alone."""
 
     model_type = "llava"
-    modes = ("vision_params", "language_params", "vision_tokens", "language_tokens")
+    architectures = ("LlavaForConditionalGeneration",)
 
     def streams(self, model: Any) -> dict[str, StreamView]:
         tower, decoder = model.model.vision_tower, model.model.language_model
-        vision = [_clip_layer(layer) for layer in tower.encoder.layers[: self.used_vision_layers(model)]]
-        language = [_llama_layer(layer) for layer in decoder.layers]
-        text = model.config.text_config
+        used = self.used_vision_layers(model)
         return {
             "vision": StreamView(
                 name="vision",
                 root=tower,
-                layers=tuple(vision),
+                layers=tuple(layer_view(layer, VIT) for layer in tower.encoder.layers[:used]),
                 width=model.config.vision_config.hidden_size,
                 causal=False,
                 protected="first",
+                drops=tuple(range(1, used)),
             ),
-            "language": StreamView(
-                name="language",
-                root=decoder,
-                layers=tuple(language),
-                width=text.hidden_size,
-                causal=True,
-                protected="last",
-            ),
+            "language": language_stream(decoder),
         }
+
+    def names(self, stream: str) -> LayerNames:
+        return VIT if stream == "vision" else LLAMA
 
     def used_vision_layers(self, model: Any) -> int:
         """Layers up to the one whose output the projector takes (-1 is the last, -2 the one before)."""
         layer, total = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
         return layer if layer >= 0 else total + 1 + layer
-
-    def image_size(self, model: Any) -> int:
-        return model.config.vision_config.image_size
 
     def dense_vision_tokens(self, model: Any) -> int:
         config = model.config.vision_config
@@ -63,88 +56,33 @@ class Llava(Family):
     def image_tokens(self, model: Any, vision_tokens: int) -> int:
         return vision_tokens - 1 if model.config.vision_feature_select_strategy == "default" else vision_tokens
 
-    def fixed_macs(self, model: Any) -> FixedMacs:
-        vision = model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
+    def fixed_macs(self, model: Any) -> dict[str, Count]:
         projector = model.model.multi_modal_projector
-        return FixedMacs(
-            patch_embedding=patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size,
-            connector_per_token=projector.linear_1.weight.numel() + projector.linear_2.weight.numel(),
-            head_per_token=model.lm_head.weight.numel(),
-        )
-
-    def fusion(self, model: Any) -> nn.Module:
-        return model.model
+        patches = self.dense_vision_tokens(model) - 1
+        head = linear_macs(model.lm_head)
+        return {
+            "vision": Count(per_image=patch_macs(model.model.vision_tower.embeddings.patch_embedding, patches)),
+            "connector": Count(per_image_token=linear_macs(projector.linear_1, projector.linear_2)),
+            "head": Count(constant=head),
+            "decode": Count(constant=head),
+        }
 
     def connector(self, model: Any) -> nn.Module:
         return model.model.multi_modal_projector
-
-    def mlp_projections(self, stream: str) -> int:
-        return 3 if stream == "language" else 2
-
-    def skip_attention(self, layer: LayerView) -> None:
-        layer.module.self_attn = SkippedAttention(layer.attn.out.bias)
-
-    def skip_mlp(self, layer: LayerView) -> None:
-        layer.module.mlp = SkippedMlp(layer.mlp.down.bias)
-
-    def resize_attention(self, layer: LayerView) -> None:
-        view = layer.attn
-        if hasattr(view.module, "num_key_value_groups"):
-            view.module.num_key_value_groups = view.heads // view.kv_heads
-        else:
-            view.module.num_heads = view.heads
-            view.module.embed_dim = view.heads * view.head_dim
-
-    def layer_config(self, stream: str, layer: LayerView) -> dict[str, int]:
-        attn, mlp = layer.attn, layer.mlp
-        entry = {
-            "num_attention_heads": attn.heads if attn else 0,
-            "intermediate_size": mlp.channels if mlp else 0,
-        }
-        if stream == "language":
-            entry["num_key_value_heads"] = attn.kv_heads if attn else 0
-        return entry
 
     def stream_config(self, model: Any, stream: str) -> Any:
         return model.config.vision_config if stream == "vision" else model.config.text_config
 
 
-def _clip_layer(layer: Any) -> LayerView:
-    return _view(layer, norms=("layer_norm1", "layer_norm2"), out="out_proj", scale="scale", up=("fc1",), down="fc2",
-                 act="activation_fn")  # fmt: skip
-
-
-def _llama_layer(layer: Any) -> LayerView:
-    return _view(layer, norms=("input_layernorm", "post_attention_layernorm"), out="o_proj", scale="scaling",
-                 up=("gate_proj", "up_proj"), down="down_proj", act="act_fn")  # fmt: skip
-
-
-def _view(
-    layer: Any, *, norms: tuple[str, str], out: str, scale: str, up: tuple[str, ...], down: str, act: str
-) -> LayerView:
-    attn, mlp = layer.self_attn, layer.mlp
-    no_attn, no_mlp = isinstance(attn, SkippedAttention), isinstance(mlp, SkippedMlp)
-    return LayerView(
-        module=layer,
-        norm_attn=getattr(layer, norms[0]),
-        attn=None
-        if no_attn
-        else AttentionView(
-            module=attn,
-            q=attn.q_proj,
-            k=attn.k_proj,
-            v=attn.v_proj,
-            out=getattr(attn, out),
-            head_dim=attn.head_dim,
-            scale=getattr(attn, scale),
-        ),
-        norm_mlp=getattr(layer, norms[1]),
-        mlp=None
-        if no_mlp
-        else MlpView(
-            module=mlp, up=tuple(getattr(mlp, name) for name in up), down=getattr(mlp, down), act=getattr(mlp, act)
-        ),
-        attn_rest=attn.bias if no_attn else None,
-        mlp_rest=mlp.bias if no_mlp else None,
+def language_stream(decoder: Any) -> StreamView:
+    """The view of a decoder with Llama's layers that the other generative families share."""
+    return StreamView(
+        name="language",
+        root=decoder,
+        layers=tuple(layer_view(layer, LLAMA) for layer in decoder.layers),
+        width=decoder.config.hidden_size,
+        causal=True,
+        protected="last",
+        drops=tuple(range(1, len(decoder.layers))),
+        spread=True,
     )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from accelerate import init_empty_weights
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from comp_edge.checkpoint import WEIGHTS_FILE, load_pretrained
@@ -18,7 +17,8 @@ from comp_edge.families import family_of
 from comp_edge.files import read_json
 from comp_edge.plan import PLAN_FILE, Plan
 from comp_edge.session import METRICS_FILE, TRACE_FILE
-from comp_edge.units import dense_plan
+from comp_edge.structure import empty_model
+from comp_edge.units import dense_plan, request_of
 
 Share = Annotated[FiniteFloat, Field(ge=0)]
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -35,7 +35,7 @@ class Stage(BaseModel):
     why: str
     costs: dict[str, float]
     score: FiniteFloat
-    loss: float
+    loss: float | None  # None where nothing was trained
     cost_fraction: Share
     macs: Share
     saved: float
@@ -98,7 +98,7 @@ class Facts:
     def modes(self) -> tuple[str, ...]:
         """The modes that ran or were priced, in the family's order."""
         named = {name.split("/")[0] for stage in self.trace for name in (stage.mode, *stage.costs)}
-        return tuple(mode for mode in family_of(self.model).modes if mode in named)
+        return tuple(mode for mode in family_of(self.model).modes(self.model) if mode in named)
 
 
 def read_facts(folder: str | Path) -> Facts:
@@ -120,17 +120,14 @@ def read_facts(folder: str | Path) -> Facts:
     )
     trace = read_trace(folder / TRACE_FILE)
     model = load_pretrained(folder)
-    family = family_of(model)
-    _check_modes(trace, family.modes, folder / TRACE_FILE)
-    with init_empty_weights(include_buffers=False):
-        whole = type(model)(copy.deepcopy(model.config))
-    prompt = family.prompt_tokens(model, {name: stream.tokens for name, stream in plan.streams.items()})
+    _check_modes(trace, family_of(model).modes(model), folder / TRACE_FILE)
+    whole = empty_model(copy.deepcopy(model.config))
     pruned = list(model.parameters())
     counts = sum(p.numel() for p in whole.parameters()), sum(p.numel() for p in pruned)
     return Facts(
         folder=folder,
         plan=plan,
-        dense=dense_plan(whole, prompt_tokens=prompt, base=plan.base),
+        dense=dense_plan(whole, request=request_of(model, plan), base=plan.base),
         metrics=metrics,
         trace=trace,
         parameters=counts,

@@ -201,7 +201,7 @@ def _stages(facts: Facts) -> dict[str, Any]:
                 "stage": stage.stage, "mode": stage.mode, "action": "" if stage.action == "all" else stage.action,
                 "why": stage.why, "also": ", ".join(stage.also), "dots": dots, "saved": words.percent(stage.saved),
                 "cost": words.percent(stage.cost_fraction), "score": words.score(stage.score),
-                "loss": f"{stage.loss:.3f}", "seconds": f"{stage.seconds:.1f} s",
+                "loss": "" if stage.loss is None else f"{stage.loss:.3f}", "seconds": f"{stage.seconds:.1f} s",
             }
         )  # fmt: skip
     return {
@@ -248,7 +248,7 @@ def place(value: float, scale: Scale) -> float:
 def _parts(facts: Facts) -> dict[str, Any]:
     before, after = facts.metrics.dense.macs_by_part, facts.metrics.pruned.macs_by_part
     known = [name for name in PARTS if name in before]
-    names = known + sorted(set(before) - set(PARTS) - {"total", "decode_per_token"})
+    names = known + sorted(set(before) - set(PARTS) - {"total", "prefill", "decode_per_token"})
     whole = sum(before[name] for name in names) or 1.0
     rows = [
         {

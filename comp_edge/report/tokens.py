@@ -134,11 +134,20 @@ def _kind(question: Sequence[Any]) -> Any:
     return question[3] if len(question) > 3 else None
 
 
+def drawable(model: Any) -> bool:
+    """Whether each vision token is one patch of a square image, so that kept ones can be drawn over it.
+
+    Not where a connector merges patches, nor where vision tokens are only attended to.
+    """
+    family = family_of(model)
+    return family.fusion(model) is not None and not family.streams(model)["vision"].hands_over
+
+
 @torch.no_grad()
 def run_examples(model: Any, task: VQATask, *, count: int) -> list[Example]:
     """Ask a pruned model some validation questions, and record what it kept."""
     questions = choose_questions(task.split("val"), count)
-    if not questions:
+    if not questions or not drawable(model):
         return []
     batch, family, length = task.batch("val", questions), family_of(model), task.prompt_length
     ids, mask = batch["input_ids"][:, :length], batch["attention_mask"][:, :length]

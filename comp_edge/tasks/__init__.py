@@ -14,7 +14,11 @@ from torch import Tensor
 
 from comp_edge.errors import InputError
 
-BUILT_IN = {"digit_vqa": ("comp_edge.tasks.digit_vqa", "DigitVQA"), "easy_vqa": ("comp_edge.tasks.easy_vqa", "EasyVQA")}
+BUILT_IN = {
+    "digit_vqa": ("comp_edge.tasks.digit_vqa", "DigitVQA"),
+    "easy_vqa": ("comp_edge.tasks.easy_vqa", "EasyVQA"),
+    "synthetic": ("comp_edge.tasks.synthetic", "Synthetic"),
+}
 
 
 @runtime_checkable
@@ -40,13 +44,20 @@ class Task(Protocol):
         """Inputs of one request (batch 1), as `forward` takes them; its text length is the plan's reference."""
 
 
-def load_task(spec: str, processor: Any) -> Task:
-    """A task by name (`digit_vqa`, `easy_vqa`) or as `path/to/file.py:ClassName`, constructed with the processor.
+def load_task(spec: str, processor: Any, model: Any = None) -> Task:
+    """A task by name (see `BUILT_IN`) or as `path/to/file.py:ClassName`, constructed with the processor.
+
+    Args:
+        model: the model that the task is for; given as well to a class whose constructor takes a `model`. (BLIP's models
+            share a processor: of them only the model says what they do.)
 
     Raises:
         InputError: unknown name, missing file or class, or a class that is no task.
     """
-    return task_class(spec)(processor)
+    found = task_class(spec)
+    if model is not None and "model" in inspect.signature(found).parameters:
+        return found(processor, model=model)
+    return found(processor)
 
 
 def task_class(spec: str) -> type:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from comp_edge.families import family_of
 from comp_edge.schedule import drops_tokens
+from comp_edge.tasks.packing import ROWS, packed
 
 
 def distinct_images(image_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,21 +23,54 @@ def distinct_images(image_ids: Tensor) -> tuple[Tensor, Tensor]:
     return representative.unique(return_inverse=True)
 
 
-def encode_images(model: Any, pixel_values: Tensor, image_ids: Tensor) -> dict[str, BaseModelOutputWithPooling]:
-    """Image features for each row, with every distinct image encoded once.
+def encode_images(
+    model: Any, batch: Mapping[str, Tensor], *, each_row: bool = True
+) -> dict[str, BaseModelOutputWithPooling]:
+    """Image features, with every distinct image encoded once.
 
     Args:
-        pixel_values: [n, 3, H, W]; rows with equal `image_ids` [n] show the same image.
+        batch: the image inputs of the model's `get_image_features`, one row a question; rows with equal `image_ids` [n]
+            show the same image.
+        each_row: features for each row; otherwise for each distinct image, in order of appearance.
 
     Returns:
         What transformers' multimodal `forward` and `generate` take as `mm_encoder_outputs`.
     """
-    first, inverse = distinct_images(image_ids)
-    features = model.get_image_features(pixel_values=pixel_values[first], return_dict=True).pooler_output
-    return {"image": BaseModelOutputWithPooling(pooler_output=[features[i] for i in inverse.tolist()])}
+    first, inverse = distinct_images(batch["image_ids"])
+    wanted = {*inspect.signature(model.get_image_features).parameters, ROWS}
+    rows = packed({name: value[first] for name, value in batch.items() if name in wanted})
+    features = model.get_image_features(**rows, return_dict=True).pooler_output
+    if each_row:
+        # A model with tiles may give features of each tile.
+        each = len(features) // len(first)
+        order = (inverse[:, None] * each + torch.arange(each, device=inverse.device)).flatten()
+        # Models take the kind of container that they make.
+        features = features[order] if isinstance(features, Tensor) else [features[i] for i in order.tolist()]
+    return {"image": BaseModelOutputWithPooling(pooler_output=features)}
 
 
-def shared_prefix_logits(model: Any, batch: dict[str, Tensor], *, prompt_length: int) -> Tensor | None:
+@contextmanager
+def repeated_features(tower: nn.Module, inverse: Tensor) -> Iterator[None]:
+    """While active, what a vision tower gives for distinct images is repeated for the rows that show them.
+
+    For models that take no features in place of images: they get the pixels of the distinct images alone.
+
+    Args:
+        inverse: [n] which image each row shows.
+    """
+
+    def repeat(module: nn.Module, args: tuple, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[inverse]
+        return output
+
+    handle = tower.register_forward_hook(repeat)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def shared_prefix_logits(model: Any, batch: Mapping[str, Tensor], *, prompt_length: int) -> Tensor | None:
     """Answer logits [n, answer, vocabulary] with the questions of an image behind one copy of the image's tokens.
 
     The prompt's beginning up to the last image token is run once an image; its key-value cache is then repeated for
@@ -40,15 +78,16 @@ def shared_prefix_logits(model: Any, batch: dict[str, Tensor], *, prompt_length:
     model computes for the beginning does not depend on the question.
 
     Returns:
-        None where it does not apply: tokens are dropped in the language model, images have different numbers of
-        questions or prompts with different beginnings.
+        None where it does not apply: tokens are dropped in the language model, or have positions of more than one
+        dimension, which transformers derives from whole prompts; no two questions share an image, images have different
+        numbers of questions, or prompts different beginnings.
     """
-    if drops_tokens(model, "language"):
+    if drops_tokens(model, "language") or family_of(model).absolute_positions:
         return None
     ids, mask, image_ids = batch["input_ids"], batch["attention_mask"], batch["image_ids"]
     first, inverse = distinct_images(image_ids)
     n, images = len(ids), len(first)
-    if n % images or not torch.equal(inverse, torch.arange(images).repeat_interleave(n // images)):
+    if n == images or n % images or not torch.equal(inverse, torch.arange(images).repeat_interleave(n // images)):
         return None
     is_image = ids == model.config.image_token_id
     if not is_image.any(1).all():
@@ -66,7 +105,7 @@ def shared_prefix_logits(model: Any, batch: dict[str, Tensor], *, prompt_length:
     output = model(
         input_ids=prefix[first],
         attention_mask=torch.ones_like(prefix[first]),
-        pixel_values=batch["pixel_values"][first],
+        mm_encoder_outputs=encode_images(model, batch, each_row=False),
         use_cache=True,
         logits_to_keep=1,
     )

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from comp_edge.checkpoint import load_dense, load_pretrained
 from comp_edge.cli.main import main
+from comp_edge.cost import macs
 from tests import tiny
 
 TASK = f"{tiny.__file__}:TinyVQA"
@@ -53,10 +56,62 @@ def test_prune_eval_and_json(dense: Path, tmp_path: Path, capsys: pytest.Capture
     assert scored["score"] == metrics["pruned"]["test_score"] and scored["macs"]["total"] == metrics["pruned"]["macs"]
     assert main(["eval", str(out), "--task", TASK, "--deploy", "stock", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["macs"]["total"] >= scored["macs"]["total"]
-    assert "already" in fails(capsys, "prune", "--model", out, "--task", TASK, "-o", tmp_path / "again")
+    # What is left can be pruned again; the share is of what is left.
+    again = [
+        "prune",
+        "--model",
+        str(out),
+        "--task",
+        TASK,
+        "--keep",
+        "0.9",
+        "-o",
+        str(tmp_path / "again"),
+        *QUICK,
+        "--json",
+    ]
+    assert main(again) == 0
+    assert json.loads(capsys.readouterr().out)["pruned"]["macs"] <= 0.9 * metrics["pruned"]["macs"]
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "prune", "eval", "report"])
+def test_without_training(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "pruned"
+    options = ["--keep", "0.6", "--train-steps", "0", "--stages", "3", "--dtype", "bfloat16", "--val-examples", "20"]
+    assert main(["prune", "--model", str(dense), "--task", TASK, "-o", str(out), *options, "--no-eval"]) == 0
+    captured = capsys.readouterr()
+    assert "val score" in captured.out and "GiB" in captured.err
+    model, whole = load_pretrained(out), load_dense(str(dense), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    # Nothing was trained: what is left are slices of the dense weights.
+    head = model.model.language_model.layers[0].mlp.down_proj.weight
+    kept = list(model.comp_edge_plan.streams["language"].layers[0].ffn)
+    assert torch.equal(head, whole.model.language_model.layers[0].mlp.down_proj.weight[:, kept])
+    message = fails(
+        capsys, "prune", "--model", dense, "--task", TASK, "-o", out, "--train-steps", "4", "--final-steps", "1"
+    )
+    assert "leave out --stage-steps and --final-steps" in message
+
+
+def test_inspect(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", str(dense), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["streams"]["vision"]["drops_before_layers"] == [1, 2] and not whole["pruned"]
+    assert whole["macs"] == macs(load_dense(str(dense)))
+    assert main(["inspect", str(dense / "config.json")]) == 0  # a config alone
+    assert "vision tokens may be dropped before layers 1-2" in capsys.readouterr().out
+    assert main(["inspect", "random:qwen2.5-vl-3b", "--json", "--decode-tokens", "8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["streams"]["vision"]["drops_behind_connector"] and found["parameters"] == 3_754_622_976
+    assert found["macs"]["total"] > found["macs"]["vision"] + found["macs"]["connector"] + found["macs"]["prefill"]
+    assert main(["inspect", "--list", "--json"]) == 0
+    assert "smolvlm-256m" in json.loads(capsys.readouterr().out)["shapes"]
+    assert "no model was given" in fails(capsys, "inspect")
+    assert "no shape is named 'giant'" in fails(capsys, "inspect", "random:giant")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "model type 'bert' is not supported" in fails(capsys, "inspect", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("command", ["", "demo", "inspect", "train", "prune", "eval", "report"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*command.split(), "--help"])
@@ -72,7 +127,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture) -> Non
         ({"--keep": "0.001"}, "asks for 0.0010 of the dense cost; the lowest"),
         ({"--strategy": "best"}, "unknown strategy 'best'; give one of comp, probe"),
         ({"--model": "lava"}, "unknown model 'lava': give a shipped model (llava-digits)"),
-        ({"--task": "vqa"}, "unknown task 'vqa': give one of digit_vqa, easy_vqa, or path/to/file.py:ClassName"),
+        ({"--task": "vqa"}, "unknown task 'vqa': give one of digit_vqa, easy_vqa, synthetic, or path/to/file.py:ClassName"),
         ({"--task": "nowhere.py:Task"}, "task file 'nowhere.py' does not exist"),
         ({"--task": f"{tiny.__file__}:Nope"}, "has no class 'Nope'"),
         ({"--modes": "cross_params"}, "mode 'cross_params' is not one of the model's"),

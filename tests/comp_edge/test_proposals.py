@@ -48,7 +48,7 @@ def proposer(request, model) -> Proposer:
 def make_proposer(model: Any, *, cost: Any = None, **limits: Any) -> Proposer:
     family = family_of(model)
     cost = cost or MacsCost(model)
-    dense = cost.predict(State.dense(model, prompt_tokens=PROMPT, base="").plan())
+    dense = cost.predict(State.of(model, prompt_tokens=PROMPT, base="").plan())
     options = {"share": 0.25, "min_tokens": 6, "round_to": 8} | limits
     return Proposer(family, model, family.streams(model), cost=cost, dense=dense, limits=Limits(**options))
 
@@ -116,7 +116,7 @@ steps = st.lists(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
 def test_a_walk_of_stages(proposer, model, steps):
-    state = State.dense(model, prompt_tokens=PROMPT, base="tiny")
+    state = State.of(model, prompt_tokens=PROMPT, base="tiny")
     for mode, goal, seed, way in steps:
         before = state.plan()
         proposal = propose(proposer, state, mode, goal=goal, seed=seed, way=way)
@@ -128,7 +128,7 @@ def test_a_walk_of_stages(proposer, model, steps):
 
 def worn(proposer: Proposer, model: Any) -> State:
     """A state in the middle of a pruning."""
-    state = State.dense(model, prompt_tokens=PROMPT, base="tiny")
+    state = State.of(model, prompt_tokens=PROMPT, base="tiny")
     for i, mode in enumerate(MODES * 2):
         proposal = propose(proposer, state, mode, goal=0.04, seed=i, way=i)
         state = proposal.state if proposal else state
@@ -140,7 +140,7 @@ def worn(proposer: Proposer, model: Any) -> State:
 @pytest.mark.parametrize("per_cost", [True, False])
 @pytest.mark.parametrize("stream", STREAMS)
 def test_parameters_reach_the_goal_or_their_bound(proposer, model, start, goal, per_cost, stream):
-    state = worn(proposer, model) if start == "worn" else State.dense(model, prompt_tokens=PROMPT, base="")
+    state = worn(proposer, model) if start == "worn" else State.of(model, prompt_tokens=PROMPT, base="")
     scores = unit_scores(state, 7)
     proposal = proposer.parameters(state, scores, stream=stream, goal=goal, per_cost=per_cost)
     assert proposal is not None
@@ -160,7 +160,7 @@ def test_parameters_reach_the_goal_or_their_bound(proposer, model, start, goal, 
 @pytest.mark.parametrize("per_cost", [True, False])
 def test_the_least_important_go_first(proposer, model, per_cost):
     """With one site far below all others, a small goal takes from that alone."""
-    state = State.dense(model, prompt_tokens=PROMPT, base="")
+    state = State.of(model, prompt_tokens=PROMPT, base="")
     scores = unit_scores(state, 3)
     site = Site("language", 1, "ffn")
     scores[site][:8] *= 1e-6
@@ -174,7 +174,7 @@ def test_the_least_important_go_first(proposer, model, per_cost):
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("stream", STREAMS)
 def test_tokens_from_a_layer(proposer, model, stream, layer, start, goal):
-    state = worn(proposer, model) if start == "worn" else State.dense(model, prompt_tokens=PROMPT, base="")
+    state = worn(proposer, model) if start == "worn" else State.of(model, prompt_tokens=PROMPT, base="")
     current = state.tokens[stream]
     proposal = proposer.tokens_from_layer(state, stream=stream, layer=layer, goal=goal)
     bound = max(min(int(current[layer] * 0.75), current[layer] - 1), min(6, current[layer]))
@@ -195,7 +195,7 @@ def test_tokens_from_a_layer(proposer, model, stream, layer, start, goal):
 @pytest.mark.parametrize("start", ["dense", "worn"])
 @pytest.mark.parametrize("stream", STREAMS)
 def test_tokens_by_threshold(proposer, model, stream, start, goal):
-    state = worn(proposer, model) if start == "worn" else State.dense(model, prompt_tokens=PROMPT, base="")
+    state = worn(proposer, model) if start == "worn" else State.of(model, prompt_tokens=PROMPT, base="")
     found = statistics(state, 5)
     proposal = proposer.tokens_by_threshold(state, found, stream=stream, goal=goal)
     current = state.tokens[stream]
@@ -215,7 +215,7 @@ def test_tokens_by_threshold(proposer, model, stream, start, goal):
 
 def test_a_layer_keeps_as_many_as_reach_the_threshold(model):
     """Layer 0 has 9 tokens of importance 1.8 and 8 of 0.1, layer 1 is flat: only layer 1's count may fall, to 13."""
-    state = State.dense(model, prompt_tokens=PROMPT, base="")
+    state = State.of(model, prompt_tokens=PROMPT, base="")
     found = TokenStatistics()
     found.scores[("vision", 0)] = [torch.tensor([[1.8] * 9 + [0.1] * 8])]
     found.scores[("vision", 1)] = [torch.ones(1, 17)]
@@ -224,7 +224,7 @@ def test_a_layer_keeps_as_many_as_reach_the_threshold(model):
 
 
 def test_dropping_image_tokens_shortens_the_language_stream(model):
-    proposer, state = make_proposer(model), State.dense(model, prompt_tokens=PROMPT, base="")
+    proposer, state = make_proposer(model), State.of(model, prompt_tokens=PROMPT, base="")
     assert proposer.with_tokens(state, "vision", [17, 15, 12]).tokens == {
         "vision": [17, 15, 12],
         "language": [19, 19, 19],
@@ -238,7 +238,7 @@ def test_dropping_image_tokens_shortens_the_language_stream(model):
 
 def exhausted(proposer: Proposer, model: Any, modes: list[str]) -> State:
     """Stages until no mode can save anything any more."""
-    state, moved = State.dense(model, prompt_tokens=PROMPT, base=""), True
+    state, moved = State.of(model, prompt_tokens=PROMPT, base=""), True
     while moved:
         moved = False
         for mode in modes:
@@ -265,7 +265,7 @@ def test_the_lowest_cost_is_what_can_be_reached(make_model, modes, shape, slack)
     model = make_model(**shape)
     proposer = make_proposer(model, round_to=16)
     state = exhausted(proposer, model, modes)
-    lowest = proposer.lowest(State.dense(model, prompt_tokens=PROMPT, base=""), modes)
+    lowest = proposer.lowest(State.of(model, prompt_tokens=PROMPT, base=""), modes)
     assert lowest - 1e-9 <= proposer.price(state) <= lowest + slack + 1e-9
     check_plan(model, state.plan())
 
@@ -279,7 +279,7 @@ def test_the_first_layer_keeps_a_head_to_rank_tokens(model):
 
 def test_a_share_of_everything(model):
     """One stage may take all it wants when the share allows it."""
-    state = State.dense(model, prompt_tokens=PROMPT, base="")
+    state = State.of(model, prompt_tokens=PROMPT, base="")
     proposer = make_proposer(model, share=1.0)
     proposal = proposer.parameters(
         state, unit_scores(state, 0), stream="vision", kinds=("ffn",), goal=1.0, per_cost=False

@@ -20,7 +20,7 @@ HEADS, FFN = Site("language", 0, "heads"), Site("language", 0, "ffn")
 
 def a_layer(*, heads: int = 4, kv_heads: int = 4, head_dim: int = 8, channels: int = 64) -> Any:
     """As much of a stream with one layer as chunks depend on."""
-    attn = SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    attn = SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=head_dim, separable=True)
     return SimpleNamespace(layers=[SimpleNamespace(attn=attn, mlp=SimpleNamespace(channels=channels))])
 
 
@@ -135,13 +135,13 @@ def model(make_model):
 
 
 def test_the_dense_state_is_the_dense_plan(model):
-    state = State.dense(model, prompt_tokens=8, base="tiny")
+    state = State.of(model, prompt_tokens=8, base="tiny")
     assert state.plan() == dense_plan(model, prompt_tokens=8, base="tiny")
     check_plan(model, state.plan())
 
 
 def pruned(model: Any) -> State:
-    state = State.dense(model, prompt_tokens=8, base="tiny")
+    state = State.of(model, prompt_tokens=8, base="tiny")
     state.alive[Site("language", 1, "heads")][:2] = False
     state.alive[Site("language", 2, "ffn")][:] = False
     state.alive[Site("vision", 0, "ffn")][::2] = False
@@ -170,7 +170,7 @@ def test_copies_are_independent(model):
 
 def test_state_survives_json(model):
     state = pruned(model)
-    other = State.dense(model, prompt_tokens=8, base="tiny")
+    other = State.of(model, prompt_tokens=8, base="tiny")
     other.restore(json.loads(json.dumps(state.to_json())))
     assert other.plan() == state.plan()
     assert all(torch.equal(other.alive[site], mask) for site, mask in state.alive.items())

@@ -275,7 +275,7 @@ def test_a_relative_path(processor, monkeypatch):
 
 
 def test_built_in_tasks():
-    assert sorted(BUILT_IN) == ["digit_vqa", "easy_vqa"]
+    assert sorted(BUILT_IN) == ["digit_vqa", "easy_vqa", "synthetic"]
     assert task_class("digit_vqa") is DigitVQA
 
 
@@ -314,7 +314,7 @@ def test_files_that_hold_no_task(tmp_path, processor, content, name, says):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("digits", ["unknown task 'digits'", "digit_vqa, easy_vqa", "file.py:ClassName"]),
+        ("digits", ["unknown task 'digits'", "digit_vqa, easy_vqa, synthetic", "file.py:ClassName"]),
         ("", ["unknown task ''"]),
         ("mine.py", ["unknown task 'mine.py'", "ClassName"]),
         ("no/such/file.py:Mine", ["no/such/file.py", "does not exist"]),
@@ -331,6 +331,15 @@ def test_names_that_are_no_task(tmp_path, processor, spec, says):
         load_task(spec.format(folder=tmp_path), processor)
     assert all(part.format(folder=tmp_path) in str(caught.value) for part in says), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_model_is_given_where_it_is_asked_for(tmp_path, processor):
+    asks = GOOD.replace("processor): self.processor = processor", "processor, *, model=None): self.model = model")
+    (tmp_path / "good.py").write_text(GOOD)
+    (tmp_path / "asks.py").write_text(asks)
+    assert load_task(f"{tmp_path}/good.py:Good", processor, "a model").processor is processor
+    assert load_task(f"{tmp_path}/asks.py:Good", processor, "a model").model == "a model"
+    assert load_task(f"{tmp_path}/asks.py:Good", processor).model is None
 
 
 def test_a_minimal_task_of_ones_own(tmp_path, processor):
