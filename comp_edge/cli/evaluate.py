@@ -45,7 +45,7 @@ def run(arguments: Any) -> None:
     model = load_any(arguments.model)
     if arguments.deploy == "stock":
         lift_language_drops(model)
-    task = load_task(arguments.task, load_processor(arguments.model))
+    task = load_task(arguments.task, load_processor(arguments.model), model)
     prompt = family_of(model).request(model, task.example_inputs()).text_tokens
     batches = list(getattr(task, f"{arguments.split}_batches")())
     total = sum(len(next(iter(batch.values()))) for batch in batches)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import comp_edge
-from comp_edge.cli import common, demo, evaluate, inspect, prune, report, train
+from comp_edge.cli import bench, common, demo, evaluate, inspect, prune, report, train
 
 DESCRIPTION = """\
 Prune a vision-language model's parameters and tokens together until it meets a budget, and show that it still answers.
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = common.Parser(prog="comp-edge", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"comp-edge {comp_edge.__version__}")
-    return common.main((demo, inspect, train, prune, evaluate, report), parser=parser, argv=argv)
+    return common.main((demo, inspect, train, prune, evaluate, bench, report), parser=parser, argv=argv)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def run(arguments: Any) -> None:
         options["modes"] = tuple(arguments.modes)
     model = load_any(arguments.model, dtype=common.dtype(arguments.dtype))
     processor = load_processor(arguments.model)
-    task = load_task(arguments.task, processor)
+    task = load_task(arguments.task, processor, model)
     with common.progress_bar("prune") as update:
         message = ""
 

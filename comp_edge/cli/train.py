@@ -52,7 +52,7 @@ def run(arguments: Any) -> None:
         model, processor = REFERENCE_MODELS[arguments.model](arguments.seed)
     else:
         model, processor = load_dense(arguments.model), load_processor(arguments.model)
-    task: Any = load_task(arguments.task, processor)
+    task: Any = load_task(arguments.task, processor, model)
     if hasattr(task, "images_per_batch"):
         task.images_per_batch = arguments.images
     work = arguments.out.with_name(arguments.out.name + ".work")

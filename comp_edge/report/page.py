@@ -267,7 +267,7 @@ def _parts(facts: Facts) -> dict[str, Any]:
 
 
 def _examples(facts: Facts, spec: str) -> dict[str, Any] | None:
-    task = load_task(spec, load_processor(facts.folder))
+    task = load_task(spec, load_processor(facts.folder), facts.model)
     if not isinstance(task, VQATask):
         return None
     cards = []

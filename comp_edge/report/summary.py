@@ -29,7 +29,7 @@ def write_picture(folder: str | Path, path: str | Path, *, task: str = "digit_vq
         InputError: no pruned model folder, a task of another kind, or a file that cannot be written.
     """
     facts = read_facts(folder)
-    loaded = load_task(task, load_processor(facts.folder))
+    loaded = load_task(task, load_processor(facts.folder), facts.model)
     if not isinstance(loaded, VQATask):
         raise InputError(f"task {task!r} has no images and questions to draw; give digit_vqa or easy_vqa.")
     examples = tokens.run_examples(facts.model, loaded, count=IMAGES)

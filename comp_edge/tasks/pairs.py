@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -143,16 +144,19 @@ class PairTask:
         return packed({name: value for name, value in self.batch("val", [0]).items() if name in _REQUEST})
 
 
+@dataclass(frozen=True)
 class Comparison:
-    """How a kind of model compares images with texts."""
+    """How a kind of model compares images with texts.
 
-    def __init__(
-        self,
-        logits: Callable[[Any, dict[str, Tensor]], Tensor],
-        targets: Callable[[int], Tensor],
-        similarities: Callable[[Any, list[dict[str, Tensor]]], list[Tensor]],
-    ) -> None:
-        self.logits, self.targets, self.similarities = logits, targets, similarities
+    Attributes:
+        logits: of a model on a batch, [decisions, choices].
+        targets: the right choices [decisions] in a batch of so many pairs.
+        similarities: of a model on batches, tables [images, texts] whose diagonal are the pairs.
+    """
+
+    logits: Callable[[Any, dict[str, Tensor]], Tensor]
+    targets: Callable[[int], Tensor]
+    similarities: Callable[[Any, list[dict[str, Tensor]]], list[Tensor]]
 
 
 def _embedded(model: Any, batches: list[dict[str, Tensor]]) -> list[Tensor]:

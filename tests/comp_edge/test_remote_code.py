@@ -24,11 +24,12 @@ from transformers import (
 )
 
 import comp_edge
+from comp_edge.auto import PrunedModel
 from comp_edge.card import amount
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
 from comp_edge.plan import Plan, StreamPlan
-from comp_edge.remote_code import REFUSAL, PrunedModel, auto_classes, local_folder
+from comp_edge.remote_code import REFUSAL, auto_classes, local_folder
 from comp_edge.surgery import apply_plan
 from tests.comp_edge.plans import family_plan, layer, tiny_plan
 from tests.families import CASES, FamilyCase
