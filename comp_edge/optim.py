@@ -16,13 +16,19 @@ from torch import Tensor, nn
 
 from comp_edge.errors import InputError
 
+MUON_LIMIT = 50_000_000  # parameters
+
 
 class Optimizer:
     """Muon for hidden matrices, AdamW for the rest (embeddings, output head, vectors), behind one learning-rate factor.
 
+    Muon orthogonalises every matrix at every step. In a model of a million parameters that is nothing; at 256 million it
+    takes several times as long as forward and backward on a CPU, so larger models have AdamW for everything.
+
     Args:
         parameters: `named_parameters()` of what is trained; frozen ones are left out.
         matrix_lr: Muon's peak learning rate, in AdamW's scale (`match_rms_adamw`).
+        muon: use Muon; None decides by the number of parameters (see `MUON_LIMIT`).
         lr: AdamW's peak learning rate.
     """
 
@@ -33,16 +39,20 @@ class Optimizer:
         matrix_lr: float,
         lr: float,
         weight_decay: float = 0.02,
+        muon: bool | None = None,
     ) -> None:
         named = [(name, p) for name, p in parameters if p.requires_grad and p.numel()]
-        matrices = [p for name, p in named if p.ndim == 2 and not _is_table(name)]
+        muon = use_muon(p for _, p in named) if muon is None else muon
+        matrices = [p for name, p in named if muon and p.ndim == 2 and not _is_table(name)]
         chosen = {id(p) for p in matrices}
         others = [p for _, p in named if id(p) not in chosen]
         self.parameters = matrices + others
         self._optimizers: list[tuple[torch.optim.Optimizer, float]] = []
         if matrices:
-            muon = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self._optimizers.append((muon, matrix_lr))
+            orthogonal = torch.optim.Muon(
+                matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self._optimizers.append((orthogonal, matrix_lr))
         if others:
             adam = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
             self._optimizers.append((adam, lr))
@@ -86,6 +96,11 @@ class Optimizer:
                 if int(which) == i:
                     state.setdefault(int(index), {})[key] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def use_muon(parameters: Iterable[Tensor]) -> bool:
+    """Whether a model is small enough for Muon."""
+    return sum(parameter.numel() for parameter in parameters) <= MUON_LIMIT
 
 
 def _is_table(name: str) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from comp_edge.budget import Budget
+from comp_edge.precision import fast_products
 from comp_edge.session import Session
 from comp_edge.settings import Progress, PruneConfig, PruneResult
 from comp_edge.tasks import Task
@@ -60,11 +62,12 @@ def prune(
         deploy=deploy,
         on_progress=on_progress,
     )
-    if resume:
-        session.resume()
-    else:
-        session.start(evaluate=evaluate)
-    session.advance()
-    session.finish()
     processor = processor if processor is not None else getattr(task, "processor", None)
-    return session.save(processor, evaluate=evaluate)
+    with nullcontext() if session.config.trains else fast_products(model):
+        if resume:
+            session.resume()
+        else:
+            session.start(evaluate=evaluate)
+        session.advance()
+        session.finish()
+        return session.save(processor, evaluate=evaluate)

@@ -21,6 +21,9 @@ from comp_edge.tasks.packing import examples, take_rows
 from comp_edge.units import KINDS, Site
 
 
+MOST_POINTS = 8  # of a stream's drop points that the probe tries: each costs a forward pass
+
+
 @dataclass(frozen=True)
 class Setting:
     """What choosing may look at; nothing here comes from the test split.
@@ -179,12 +182,19 @@ def collect_wanda(setting: Setting) -> Collector:
     )
 
 
+def spaced(points: Sequence[int], most: int) -> list[int]:
+    """At most so many of the points, first and last included, evenly spaced."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
 def _actions(setting: Setting, state: State) -> list[tuple[str, str | int]]:
     """What the probe may try: (mode, kind of unit) and (mode, first layer with fewer tokens)."""
     found: list[tuple[str, str | int]] = []
     for mode in setting.modes:
         stream, what = mode.rsplit("_", 1)
-        parts = KINDS if what == "params" else setting.schedule.streams[stream].drop_points
+        parts = KINDS if what == "params" else spaced(setting.schedule.streams[stream].drop_points, MOST_POINTS)
         found += [(mode, part) for part in parts]
     return found
 

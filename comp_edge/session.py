@@ -23,7 +23,7 @@ from comp_edge.families import family_of
 from comp_edge.files import check_writable, whole_folder, write_json, write_text
 from comp_edge.masks import UnitMasks
 from comp_edge.memory import peak_bytes, reset_peak
-from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine, with_prefix
+from comp_edge.optim import Optimizer, load_state, save_state, use_muon, warmup_cosine, with_prefix
 from comp_edge.plan import CostRecord, Plan, plan_of
 from comp_edge.proposals import Limits, Proposer
 from comp_edge.recovery import Distillation
@@ -114,6 +114,8 @@ class Session:
             probe=list(itertools.islice(task.train_batches(seed * 7919 + 2), config.calibration_batches)),
             loss=lambda m, batch: float(task.loss(m, batch)),
         )
+        # Decided once: what is left at the end may be small enough.
+        self.muon = use_muon(model.parameters()) if config.muon is None else config.muon
         self.optimizer = self._new_optimizer()
         if not config.trains:
             model.requires_grad_(False)
@@ -339,7 +341,8 @@ class Session:
     def _new_optimizer(self) -> Optimizer | None:
         if not self.config.trains:
             return None
-        return Optimizer(self.model.named_parameters(), matrix_lr=self.config.matrix_lr, lr=self.config.lr)
+        config = self.config
+        return Optimizer(self.model.named_parameters(), matrix_lr=config.matrix_lr, lr=config.lr, muon=self.muon)
 
     def _batches(self, chunk: int) -> Iterable[dict[str, Tensor]]:
         return self.task.train_batches(self.seed * 100_003 + 17 + chunk)

@@ -23,6 +23,7 @@ class PruneConfig:
         importance: what ranks units for `probe`: first-order Taylor, which needs gradients, or structured Wanda; by
             default Taylor, and Wanda where nothing is trained. (`comp` ranks by Wanda, as the paper does.)
         lr, matrix_lr: peak learning rates of AdamW and Muon.
+        muon: whether matrices are trained by Muon; by default in models of up to 50 million parameters.
         val_examples: validation examples that score a stage.
         calibration_batches: training batches for importance, and as many others for looking ahead.
         modes: which modes may run; None for all of the family.
@@ -40,6 +41,7 @@ class PruneConfig:
     importance: Literal["taylor", "wanda"] | None = None
     lr: float = 5e-4
     matrix_lr: float = 1.5e-3
+    muon: bool | None = None
     val_examples: int = 500
     calibration_batches: int = 2
     modes: tuple[str, ...] | None = None

@@ -216,3 +216,14 @@ def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
     loaded, progress = load_state(path)
     assert progress == {"step": 1} and torch.equal(loaded["a"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_large_models_have_adamw_for_everything(monkeypatch):
+    matrix = torch.nn.Parameter(torch.ones(8, 8))
+    named = [("layer.weight", matrix)]
+    assert len(Optimizer(named, matrix_lr=1e-3, lr=1e-3)._optimizers) == 1
+    kinds = [type(Optimizer(named, matrix_lr=1e-3, lr=1e-3)._optimizers[0][0]).__name__]
+    monkeypatch.setattr("comp_edge.optim.MUON_LIMIT", 63)
+    kinds.append(type(Optimizer(named, matrix_lr=1e-3, lr=1e-3)._optimizers[0][0]).__name__)
+    kinds.append(type(Optimizer(named, matrix_lr=1e-3, lr=1e-3, muon=True)._optimizers[0][0]).__name__)
+    assert kinds == ["Muon", "AdamW", "Muon"]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comp_edge.selectors import spaced
 from comp_edge.strategy import MPS, MPSConfig, history_weight, prices_of
 
 MODES = ["vision_params", "language_params", "vision_tokens", "language_tokens"]
@@ -128,3 +129,12 @@ def test_a_price_is_the_rise_of_the_loss_per_saving(candidates, base):
 def test_the_probe_never_takes_a_broken_model(broken):
     prices = prices_of({"a": broken, "b": 5.0}, {"a": 0.5, "b": 0.01}, base=1.0)
     assert min(prices, key=prices.get) == "b" and prices["a"] == math.inf
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 29])
+def test_spaced_points(count):
+    points = tuple(range(1, count + 1))
+    chosen = spaced(points, 8)
+    assert len(chosen) == min(count, 8) == len(set(chosen)) and chosen == sorted(chosen)
+    if points:
+        assert (chosen[0], chosen[-1]) == (points[0], points[-1])
