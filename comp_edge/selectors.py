@@ -20,7 +20,6 @@ from comp_edge.strategy import MPS, prices_of
 from comp_edge.tasks.packing import examples, take_rows
 from comp_edge.units import KINDS, Site
 
-
 MOST_POINTS = 8  # of a stream's drop points that the probe tries: each costs a forward pass
 
 
