@@ -33,6 +33,8 @@ class State:
     tokens: dict[str, list[int]]
     template: Plan = field(repr=False)
     follows: dict[str, str] = field(default_factory=dict, repr=False)
+    # What each mask keeps, with the mask and its version: pricing asks for all of them after each change of one.
+    _listed: dict[Site, tuple[Tensor, int, tuple[int, ...]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: Any, *, base: str, prompt_tokens: int | None = None, request: Request | None = None) -> State:
@@ -73,11 +75,15 @@ class State:
         return self.template.model_copy(update={"streams": streams})
 
     def _kept(self, stream: str, layer: int, kind: Kind) -> tuple[int, ...]:
-        mask = self.alive.get(Site(stream, layer, kind))
+        mask = self.alive.get(site := Site(stream, layer, kind))
         if mask is None:
             return ()
-        dense = getattr(self.template.streams[stream].layers[layer], kind)
-        return tuple(dense[i] for i in mask.nonzero()[:, 0].tolist())
+        found = self._listed.get(site)
+        if found is None or found[0] is not mask or found[1] != mask._version:
+            dense = getattr(self.template.streams[stream].layers[layer], kind)
+            kept = tuple(dense[i] for i in mask.nonzero()[:, 0].tolist())
+            found = self._listed[site] = (mask, mask._version, kept)
+        return found[2]
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint records."""
