@@ -226,7 +226,7 @@ class Session:
         """Freeze the plan, shrink the model, fine-tune what is left."""
         if plan_of(self.model) is self.start_plan:
             self._shrink()
-        steps = self.config.final_steps
+        steps = self.config.steps_after(self.stage)
         self.model.train()
         while self.tuned < steps:
             started = time.perf_counter()
@@ -261,7 +261,7 @@ class Session:
             "strategy": self.strategy,
             "seed": self.seed,
             "stages": self.stage,
-            "steps": self.stage * self.config.stage_steps + self.config.final_steps,
+            "steps": self.stage * self.config.stage_steps + self.config.steps_after(self.stage),
             "dense": {"val_score": self.dense_score, "macs": dense["total"], "macs_by_part": dense},
             "pruned": {"val_score": self._score(), "macs": pruned["total"], "macs_by_part": pruned},
             "macs_kept": pruned["total"] / dense["total"],
@@ -358,6 +358,7 @@ class Session:
     def _tell(self, phase: str, message: str = "", *, step: int = 0) -> None:
         done = self.stage * self.config.stage_steps + step + self.tuned
         left = (self.proposer.price(self.state) - self.target) / (1 - self.target) * self.config.stages
-        ahead = max(0, math.ceil(left) * self.config.stage_steps - step)
-        total = done + ahead + self.config.final_steps - self.tuned
+        stages = max(0, math.ceil(left))
+        ahead = max(0, stages * self.config.stage_steps - step)
+        total = done + ahead + self.config.steps_after(self.stage + stages) - self.tuned
         self.on_progress(Progress(phase=phase, done=done, total=total, message=message))

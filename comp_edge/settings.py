@@ -20,6 +20,8 @@ class PruneConfig:
         stage_steps: optimizer steps of a stage; masks fade over the first two thirds.
         final_steps: optimizer steps after the plan is frozen, on the shrunk model. With neither, nothing is trained: no
             teacher is kept, no gradient is computed, and memory stays close to the model's own.
+        total_steps: optimizer steps in all, instead of `final_steps`: what the stages, however many, leave of them is spent
+            after the plan is frozen.
         importance: what ranks units for `probe`: first-order Taylor, which needs gradients, or structured Wanda; by
             default Taylor, and Wanda where nothing is trained. (`comp` ranks by Wanda, as the paper does.)
         lr, matrix_lr: peak learning rates of AdamW and Muon.
@@ -38,6 +40,7 @@ class PruneConfig:
     stages: int = 16
     stage_steps: int = 15
     final_steps: int = 300
+    total_steps: int | None = None
     importance: Literal["taylor", "wanda"] | None = None
     lr: float = 5e-4
     matrix_lr: float = 1.5e-3
@@ -56,7 +59,13 @@ class PruneConfig:
     @property
     def trains(self) -> bool:
         """Whether any weight changes but by removal."""
-        return self.stage_steps + self.final_steps > 0
+        return self.stage_steps + (self.final_steps if self.total_steps is None else self.total_steps) > 0
+
+    def steps_after(self, stages: int) -> int:
+        """Optimizer steps that are left for fine-tuning after so many stages."""
+        if self.total_steps is None:
+            return self.final_steps
+        return max(0, self.total_steps - stages * self.stage_steps)
 
     @property
     def ranks_by(self) -> Literal["taylor", "wanda"]:

@@ -139,7 +139,7 @@ def _share_steps(arguments: Any, stages: int) -> dict[str, int]:
     if arguments.stage_steps is not None or arguments.final_steps is not None:
         raise InputError("--train-steps says how many steps there are in all; leave out --stage-steps and --final-steps.")
     each = arguments.train_steps // 2 // stages
-    return {"stage_steps": each, "final_steps": arguments.train_steps - each * stages}
+    return {"stage_steps": each, "total_steps": arguments.train_steps}
 
 
 def _print_stages(trace: list[dict[str, Any]]) -> None:

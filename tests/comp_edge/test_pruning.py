@@ -80,6 +80,16 @@ def test_same_seed_same_plan_and_weights(make_model: Any, tiny_task: Any) -> Non
     assert all(torch.equal(a, b) for a, b in weights)
 
 
+@pytest.mark.parametrize("total", [0, 30])
+def test_steps_in_all_are_bounded(make_model: Any, tiny_task: Any, total: int) -> None:
+    """However many stages there are: fine-tuning gets what they leave."""
+    config = PruneConfig(**{**QUICK.__dict__, "stage_steps": 1 if total else 0, "total_steps": total})
+    dense, counted = make_model(), []
+    result = prune(dense, tiny_task, config=config, evaluate=False, on_progress=lambda p: counted.append(p.done))
+    assert result.metrics["steps"] == total == max(counted)
+    assert (result.trace[0]["loss"] is None) == (total == 0)
+
+
 class _Stop(Exception):
     """Stands for a kill: raised from the progress callback."""
 
