@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 
@@ -23,17 +26,23 @@ def peak_bytes() -> int:
 
 def reset_peak() -> None:
     """Let `peak_bytes` begin anew, where the kernel allows it."""
-    try:
+    with suppress(OSError):
         _RESET.write_text("5")
-    except OSError:
-        pass
+
+
+def return_memory_at_once() -> None:
+    """Let the C library give large blocks back to the kernel when they are freed, where it is glibc.
+
+    By default it raises the size from which it does so with every block that it frees, and temporaries of some megabytes end
+    up as holes in its heap: a gigabyte of them when a model of four is pruned.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _field(name: str) -> int:
-    try:
+    with suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return 0

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 HALVES = (torch.bfloat16, torch.float16)
+LARGEST = 1 << 24  # elements of a weight that are converted at once: 64 MiB in fp32
 CPU_INFO = Path("/proc/cpuinfo")
 FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "fphp"}  # x86's, then Arm's
 PRODUCTS = (
@@ -34,10 +35,20 @@ class Fp32Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.linear and not kwargs and args[0].dtype in HALVES and args[1].numel() > LARGEST:
+            return _linear_in_parts(*args)
         if func not in PRODUCTS or not isinstance(args[0], Tensor) or args[0].dtype not in HALVES:
             return func(*args, **kwargs)
         result = func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
         return result.to(args[0].dtype)
+
+
+def _linear_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer with some output rows at a time: an output head's weight is too large to convert at once."""
+    count = -(-weight.numel() // LARGEST)
+    biases = [None] * count if bias is None else bias.tensor_split(count)
+    parts = zip(weight.tensor_split(count), biases, strict=True)
+    return torch.cat([F.linear(x.float(), w.float(), _wide(b)).to(x.dtype) for w, b in parts], -1)
 
 
 def _wide(value: Any) -> Any:

@@ -22,7 +22,7 @@ from comp_edge.errors import InputError
 from comp_edge.families import family_of
 from comp_edge.files import check_writable, whole_folder, write_json, write_text
 from comp_edge.masks import UnitMasks
-from comp_edge.memory import peak_bytes, reset_peak
+from comp_edge.memory import peak_bytes, reset_peak, return_memory_at_once
 from comp_edge.optim import Optimizer, load_state, save_state, use_muon, warmup_cosine, with_prefix
 from comp_edge.plan import CostRecord, Plan, plan_of
 from comp_edge.proposals import Limits, Proposer
@@ -119,6 +119,7 @@ class Session:
         self.optimizer = self._new_optimizer()
         if not config.trains:
             model.requires_grad_(False)
+            return_memory_at_once()
         self.stage, self.tuned = 0, 0
         self.score = self.dense_score = math.nan
         self.dense_test_score: float | None = None

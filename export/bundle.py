@@ -2,7 +2,7 @@
 
     manifest.json        what the program takes and gives, how to prepare an image and a prompt, what was verified
     model.pte | *.mlpackage
-    golden.safetensors   inputs, the reference's outputs and the tokens it generates
+    golden.safetensors   inputs, the reference's outputs and the tokens it generates (`Golden`, or `TextGolden` of encoders)
     tokenizer.json, ...  files of the tokenizer and the image processor
 
 This module reads and writes bundles of every backend and depends on nothing but pydantic, safetensors and torch, so that a
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from export.manifest import (
     SCHEMA_FILE,
+    AnswerSpec,
     BundleError,
     Delegation,
     DynamicSize,
@@ -36,6 +37,7 @@ from export.manifest import (
     MethodSpec,
     PromptSpec,
     TensorSpec,
+    TextSpec,
     Verification,
     json_schema,
     parse_manifest,
@@ -46,6 +48,7 @@ __all__ = [
     "MANIFEST_FILE",
     "PROCESSOR_FILES",
     "SCHEMA_FILE",
+    "AnswerSpec",
     "Bundle",
     "BundleError",
     "Delegation",
@@ -56,6 +59,8 @@ __all__ = [
     "MethodSpec",
     "PromptSpec",
     "TensorSpec",
+    "TextGolden",
+    "TextSpec",
     "Verification",
     "find_bundles",
     "finish_bundle",
@@ -65,15 +70,23 @@ __all__ = [
     "read_golden",
     "read_manifest",
     "read_questions",
+    "read_text_golden",
     "sha256",
     "toolchain",
     "write_golden",
+    "write_text_golden",
 ]
 
 MANIFEST_FILE = "manifest.json"
 GOLDEN_FILE = "golden.safetensors"
 TOOLS = ("torch", "transformers", "executorch", "coremltools", "torchao", "numpy")
-PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "spiece.model",  # SigLIP's tokenizer
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,69 @@ def read_golden(path: str | Path) -> Golden:
     )
 
 
+@dataclass(frozen=True)
+class TextGolden:
+    """Reference inputs and outputs of `len(texts)` requests of an image and a text, for methods that take whole texts.
+
+    Attributes:
+        tensors: [n, ...] by the name of the input or output, of every method that is called once a request.
+        tokens, logits: of generated answers, as in `Golden`; empty where nothing is generated.
+    """
+
+    texts: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    tokens: tuple[tuple[int, ...], ...] = ()
+    logits: tuple[Tensor, ...] = ()
+
+    def take(self, indices: Sequence[int]) -> TextGolden:
+        """Some of the requests."""
+        return TextGolden(
+            texts=tuple(self.texts[i] for i in indices),
+            tensors={name: tensor[list(indices)] for name, tensor in self.tensors.items()},
+            tokens=tuple(self.tokens[i] for i in indices) if self.tokens else (),
+            logits=tuple(self.logits[i] for i in indices) if self.logits else (),
+        )
+
+
+def write_text_golden(path: Path, golden: TextGolden) -> None:
+    """Write `golden.safetensors`: a tensor for each input and output, and flat `tokens` and `logits` with `lengths`."""
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in golden.tensors.items()}
+    if golden.tokens:
+        tensors["tokens"] = torch.tensor([token for row in golden.tokens for token in row], dtype=torch.int64)
+        tensors["logits"] = torch.cat([row.float() for row in golden.logits])
+        tensors["lengths"] = torch.tensor([len(row) for row in golden.tokens], dtype=torch.int64)
+    metadata = {"questions": json.dumps(list(golden.texts), ensure_ascii=False)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def read_text_golden(path: str | Path) -> TextGolden:
+    """Read what `write_text_golden` wrote.
+
+    Raises:
+        BundleError: missing, truncated or inconsistent.
+    """
+    tensors, texts = read_questions(path)
+    lengths, tokens, logits = (tensors.pop(name, None) for name in ("lengths", "tokens", "logits"))
+    if "input_ids" not in tensors:
+        raise BundleError(f"golden file {str(path)!r} lacks input_ids.")
+    short = next((name for name, tensor in tensors.items() if len(tensor) != len(texts)), None)
+    if short is not None:
+        raise BundleError(
+            f"golden file {str(path)!r} is inconsistent: {len(tensors[short])} rows of {short}, {len(texts)} questions."
+        )
+    if lengths is None:
+        return TextGolden(texts=texts, tensors=tensors)
+    counts = lengths.tolist()
+    if tokens is None or logits is None or len(counts) != len(texts) or not sum(counts) == len(tokens) == len(logits):
+        raise BundleError(f"golden file {str(path)!r} is inconsistent: {len(counts)} lengths, {len(texts)} questions.")
+    return TextGolden(
+        texts=texts,
+        tensors=tensors,
+        tokens=tuple(tuple(row.tolist()) for row in tokens.split(counts)),
+        logits=tuple(logits.split(counts)),
+    )
+
+
 def read_questions(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Tensors and questions of a safetensors file with one `pixel_values` row a question.
 
@@ -195,6 +271,14 @@ class Bundle:
             BundleError: missing or corrupt.
         """
         return read_golden(self.folder / GOLDEN_FILE)
+
+    def text_golden(self) -> TextGolden:
+        """The same of a bundle whose methods take whole texts.
+
+        Raises:
+            BundleError: missing or corrupt.
+        """
+        return read_text_golden(self.folder / GOLDEN_FILE)
 
     def hash_errors(self) -> list[str]:
         """What differs between the files and the manifest's list: changed, missing and unlisted files."""

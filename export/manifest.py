@@ -78,6 +78,39 @@ class PromptSpec(_Part):
     pad_token_id: Size
     eos_token_ids: tuple[Size, ...]
     max_new_tokens: Size
+    grid: tuple[Size, Size] | None = Field(
+        default=None,
+        description="height and width of the dense image in tokens, where image tokens have positions in two dimensions "
+        "(M-RoPE); null: tokens follow each other",
+    )
+
+
+class TextSpec(_Part):
+    """How a text becomes `input_ids`, where a method takes a whole text: tokenize without special tokens, keep as many tokens
+    as fit, put `prefix` before and `suffix` behind them, and pad to `max_tokens`."""
+
+    max_tokens: Size = Field(description="length of input_ids")
+    prefix: tuple[Size, ...]
+    suffix: tuple[Size, ...]
+    pad_token_id: Size
+    padding: Literal["left", "right"] = "right"
+    lowercase: bool = Field(
+        default=False, description="put the text in lower case first; false: the tokenizer does what it needs"
+    )
+    strip_punctuation: bool = Field(
+        default=False, description="then remove ASCII punctuation and join words by single spaces"
+    )
+
+
+class AnswerSpec(_Part):
+    """How an answer is generated: prefill once, then decode token by token with what prefill handed on."""
+
+    start_token_id: Size | None = Field(
+        description="decode this token at position 0 for the answer's first; null: prefill gives its logits, and the first "
+        "generated token has the position behind the text, its number of tokens"
+    )
+    eos_token_ids: tuple[Size, ...]
+    max_new_tokens: Size
 
 
 class Delegation(_Part):
@@ -89,14 +122,16 @@ class Delegation(_Part):
 
 
 class Verification(_Part):
-    """The written program, loaded back and run, against the transformers model's own `generate`."""
+    """The written program, loaded back and run, against the transformers model: its own `generate`, or its embeddings."""
 
     reference: str
     questions: Size
-    matched: Size = Field(description="questions whose generated tokens equal the reference's")
-    tokens_equal: bool
+    matched: Size = Field(
+        description="questions whose generated tokens equal the reference's; of encoders, requests within the tolerance"
+    )
+    tokens_equal: bool | None = Field(description="null where nothing is generated")
     max_abs_error: float = Field(
-        description="logits of every generated token, over all questions that are not ambiguous"
+        description="logits of every generated token, over all questions that are not ambiguous; of encoders, every output"
     )
     tolerance: float
     ambiguous: Size = Field(
@@ -122,7 +157,11 @@ class Manifest(_Part):
         default_factory=dict, description="constant methods of the program"
     )
     image: ImageSpec
-    prompt: PromptSpec
+    prompt: PromptSpec | None = Field(
+        default=None, description="where the image lies in the prompt of a language model"
+    )
+    text: TextSpec | None = Field(default=None, description="where a method takes a whole text")
+    answer: AnswerSpec | None = Field(default=None, description="where an answer follows a text")
     tokens: dict[str, tuple[Size, ...]] = Field(description="tokens that each layer of a stream computes on")
     lifted_language_drops: tuple[Size, ...] | None = Field(
         default=None, description="the plan's language schedule, where this profile could not apply it"
@@ -135,6 +174,8 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
+        if (self.prompt is None) == (self.text is None):
+            raise ValueError("exactly one of 'prompt' and 'text' says how a request is tokenized")
         names = [method.name for method in self.methods]
         if len(set(names)) != len(names):
             raise ValueError(f"methods must have different names, got {names}")

@@ -14,112 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comp_edge.checkpoint import load_any, load_processor
-from comp_edge.cost import DEFAULT_PROMPT_TOKENS
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
-from comp_edge.plan import Plan
-from comp_edge.schedule import attach
-from comp_edge.surgery import PLAN_ATTRIBUTE
-from comp_edge.units import dense_plan
 from export.bundle import PROCESSOR_FILES, BundleError, Golden, ImageSpec, PromptSpec, read_questions
+from export.inputs import image_grid, image_inputs, request_inputs
+from export.positions import prompt_positions
+from export.source import Size, Source
 
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-
-
-@dataclass
-class Source:
-    """A model to export, with its plan and processor.
-
-    Attributes:
-        template: the prompt with `{question}` and the image token once.
-        new_tokens: tokens that may be generated after a prompt.
-    """
-
-    model: Any
-    plan: Plan
-    processor: Any
-    template: str
-    new_tokens: int
-
-    @property
-    def tokens(self) -> dict[str, tuple[int, ...]]:
-        """The plan's token schedule of each stream."""
-        return {name: stream.tokens for name, stream in self.plan.streams.items()}
-
-    @property
-    def image_tokens(self) -> int:
-        """Rows of image features."""
-        return family_of(self.model).image_tokens(self.model, self.tokens["vision"][-1])
-
-    @property
-    def text_tokens(self) -> int:
-        """Text tokens of the longest prompt, the image not counted."""
-        return self.tokens["language"][0] - self.image_tokens
-
-    def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of the prompt, the image token once.
-
-        Raises:
-            InputError: the prompt is longer than the plan's.
-        """
-        ids = self.processor.tokenizer(self.template.replace("{question}", question), add_special_tokens=False)[
-            "input_ids"
-        ]
-        if len(ids) - 1 > self.text_tokens:
-            raise InputError(
-                f"question {question!r} makes a prompt of {len(ids) - 1} text tokens; the plan's schedule has room for "
-                f"{self.text_tokens}."
-            )
-        return ids
-
-
-def load_source(
-    ref: str | Path, *, template: str | None = None, new_tokens: int = 16, prompt_tokens: int | None = None
-) -> Source:
-    """Load a pruned folder or a dense model.
-
-    Args:
-        prompt_tokens: longest prompt of a dense model; a pruned one has it in its plan.
-
-    Raises:
-        InputError: the model, the template or the numbers cannot be used.
-    """
-    processor = load_processor(ref)
-    template = template or _prompt_template(processor)
-    if template.count(processor.image_token) != 1 or template.count("{question}") != 1:
-        raise InputError(
-            f"prompt template {template!r} must contain {processor.image_token!r} once and '{{question}}' once."
-        )
-    model = load_any(ref).eval().requires_grad_(False)
-    plan = getattr(model, PLAN_ATTRIBUTE, None)
-    if plan is None:
-        plan = dense_plan(model, prompt_tokens=prompt_tokens or DEFAULT_PROMPT_TOKENS, base=str(ref))
-    elif prompt_tokens is not None:
-        raise InputError(f"prompt tokens {prompt_tokens} were given, but {str(ref)!r} has a plan that fixes them.")
-    return Source(model=model, plan=plan, processor=processor, template=template, new_tokens=new_tokens)
-
-
-def _prompt_template(processor: Any) -> str:
-    """What the processor's chat template makes of an image and `{question}`; LLaVA's customary prompt without one."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"USER: {processor.image_token}\n{{question}} ASSISTANT:"
-
-
-def without_language_drops(source: Source) -> Source:
-    """The same model with every drop inside the language model lifted (the live model's schedule changes with it)."""
-    language = source.tokens["language"]
-    lifted = source.plan.with_tokens("language", (language[0],) * len(language))
-    attach(source.model, {name: stream.tokens for name, stream in lifted.streams.items()})
-    return Source(
-        model=source.model,
-        plan=lifted,
-        processor=source.processor,
-        template=source.template,
-        new_tokens=source.new_tokens,
-    )
 
 
 # ---- requests
@@ -147,10 +49,10 @@ def read_requests(path: str | Path, source: Source, *, count: int) -> Requests:
     except BundleError as error:
         raise InputError(str(error)) from None
     pixels = tensors["pixel_values"]
-    side = source.model.config.vision_config.image_size
-    if tuple(pixels.shape[1:]) != (3, side, side):
+    height, width = source.image_size
+    if tuple(pixels.shape[1:]) != (3, height, width):
         raise InputError(
-            f"golden file {str(path)!r} has images of shape {list(pixels.shape[1:])}; the model takes [3, {side}, {side}]."
+            f"golden file {str(path)!r} has images of shape {list(pixels.shape[1:])}; the model takes [3, {height}, {width}]."
         )
     if len(questions) < count:
         raise InputError(f"golden file {str(path)!r} has {len(questions)} questions; {count} are to be verified.")
@@ -163,11 +65,15 @@ def read_requests(path: str | Path, source: Source, *, count: int) -> Requests:
 def synthetic_requests(source: Source, *, count: int, seed: int = 0) -> Requests:
     """Made-up requests: smooth noise as images, random words of the tokenizer as questions of different lengths."""
     generator = torch.Generator().manual_seed(seed)
-    side = source.model.config.vision_config.image_size
-    coarse = torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1
-    pixels = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
-    pixels = (pixels + 0.1 * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
+    pixels = made_up_images(count, source.image_size, generator)
     return Requests(pixel_values=pixels, questions=tuple(_question(source, generator) for _ in range(count)))
+
+
+def made_up_images(count: int, size: Size, generator: torch.Generator) -> Tensor:
+    """[count, 3, H, W]: smooth noise in -1..1."""
+    coarse = torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1
+    pixels = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+    return (pixels + 0.1 * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
 
 
 def _question(source: Source, generator: torch.Generator) -> str:
@@ -175,12 +81,11 @@ def _question(source: Source, generator: torch.Generator) -> str:
     room = source.text_tokens - (len(source.prompt_ids("")) - 1)
     length = int(torch.randint(max(room // 2, 1), max(room, 1) + 1, (), generator=generator))
     ids = torch.randint(0, len(tokenizer), (length,), generator=generator).tolist()
-    words = [tokenizer.decode([i]) for i in ids if i not in tokenizer.all_special_ids]
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    words = [tokenizer.decode([i]) for i in ids if i not in special]
     question = "".join(word for word in words if word.isprintable() and "\ufffd" not in word)
     # Decoded and tokenized again, other merges may apply: shorten until the prompt fits.
-    while len(tokenizer(source.template.replace("{question}", question), add_special_tokens=False)["input_ids"]) - 1 > (
-        source.text_tokens
-    ):
+    while question and len(source.tokenize(question)) - 1 > source.text_tokens:
         question = question[:-1]
     return question
 
@@ -195,28 +100,21 @@ def reference(source: Source, requests: Requests, *, progress: Callable[[], None
     Args:
         progress: called after each request.
     """
-    model, family = source.model, family_of(source.model)
-    dense = family.image_tokens(model, family.dense_vision_tokens(model))
-    image = model.config.image_token_id
     features, tokens, logits = [], [], []
     for index, question in enumerate(requests.questions):
         pixels = requests.pixel_values[index : index + 1]
-        ids = [part for i in source.prompt_ids(question) for part in ([image] * dense if i == image else [i])]
-        ids = torch.tensor([ids])
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=pixels,
+        ids = source.prompt_ids(question)
+        inputs = request_inputs(source.model, pixels, ids, image_tokens=source.dense_image_tokens)
+        output = source.model.generate(
+            **inputs,
             do_sample=False,
             max_new_tokens=source.new_tokens,
             output_logits=True,
             return_dict_in_generate=True,
         )
-        tokens.append(tuple(output.sequences[0, ids.shape[1] :].tolist()))
+        tokens.append(tuple(output.sequences[0, inputs["input_ids"].shape[1] :].tolist()))
         logits.append(torch.cat(output.logits).float())
-        # A model with a schedule pads its features with zeros to the dense number.
-        delivered = torch.stack(list(model.get_image_features(pixels, return_dict=True).pooler_output))
-        features.append(delivered[0, : source.image_tokens])
+        features.append(_delivered(source, pixels))
         progress()
     return Golden(
         questions=requests.questions,
@@ -227,18 +125,37 @@ def reference(source: Source, requests: Requests, *, progress: Callable[[], None
     )
 
 
-def compact_embeddings(source: Source, question: str, image_features: Tensor) -> tuple[Tensor, int]:
-    """What `prefill` gets: [1, S, d] (left pads zero) and how many pads there are.
+def _delivered(source: Source, pixels: Tensor) -> Tensor:
+    """[k, d], the features that the language model gets of an image.
+
+    A model with a schedule pads its features with zeros to the dense number: behind them, or where dropped tokens were.
+    """
+    model = source.model
+    found = model.get_image_features(**image_inputs(model, pixels), return_dict=True).pooler_output
+    rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
+    if family_of(model).absolute_positions:
+        rows = rows[(rows != 0).any(-1)]
+    return rows[: source.image_tokens]
+
+
+def prefill_inputs(
+    source: Source, question: str, image_features: Tensor, kept: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """What `prefill` gets: [1, S, d] (left pads zero), how many pads there are, and positions where it takes them.
 
     Args:
         image_features: [k, d].
+        kept: [k], see `export.graph.VisionEncoder`.
     """
     ids = source.prompt_ids(question)
-    at = ids.index(source.model.config.image_token_id)
+    at = ids.index(source.image_token_id)
     table = source.model.get_input_embeddings().weight
     rows = torch.cat([table[ids[:at]], image_features, table[ids[at + 1 :]]])
     start = source.tokens["language"][0] - len(rows)
-    return torch.cat([rows.new_zeros(start, rows.shape[1]), rows])[None].detach(), start
+    inputs = (torch.cat([rows.new_zeros(start, rows.shape[1]), rows])[None].detach(), torch.tensor([start]))
+    if (grid := source.grid) is None:
+        return inputs
+    return *inputs, prompt_positions(grid, slots=source.tokens["language"][0], first=start + at, kept=kept)
 
 
 # ---- what the manifest says of inputs
@@ -257,12 +174,13 @@ def prompt_spec(source: Source) -> PromptSpec:
     return PromptSpec(
         template=source.template,
         image_token=source.processor.image_token,
-        image_token_id=source.model.config.image_token_id,
+        image_token_id=source.image_token_id,
         image_tokens=source.image_tokens,
         max_text_tokens=source.text_tokens,
         pad_token_id=source.processor.tokenizer.pad_token_id,
         eos_token_ids=eos_token_ids(source),
         max_new_tokens=source.new_tokens,
+        grid=image_grid(source.model, source.image_size),
     )
 
 
@@ -272,20 +190,33 @@ def image_spec(source: Source) -> ImageSpec:
     Raises:
         InputError: the processor prepares images of another size than the model's.
     """
-    side, image = source.model.config.vision_config.image_size, source.processor.image_processor
-    size = image.crop_size if image.do_center_crop else image.size
-    height, width = size.get("height"), size.get("width")
-    if (height, width) != (side, side):
-        raise InputError(f"the image processor makes images of {dict(size)}; the model takes {side}x{side}.")
+    image, (height, width) = source.processor.image_processor, source.image_size
+    crops = bool(getattr(image, "do_center_crop", False))
+    if not family_of(source.model).variable_images:
+        _check_size(image, crops, source.image_size)
     return ImageSpec(
         height=height,
         width=width,
         resample=RESAMPLING[int(image.resample)],
-        center_crop=bool(image.do_center_crop),
+        center_crop=crops,
         rescale=float(image.rescale_factor) if image.do_rescale else 1.0,
         mean=tuple(image.image_mean) if image.do_normalize else (0.0,) * 3,
         std=tuple(image.image_std) if image.do_normalize else (1.0,) * 3,
     )
+
+
+def _check_size(image: Any, crops: bool, wanted: Size) -> None:
+    """Whether an image processor makes images of a size.
+
+    Raises:
+        InputError: it makes others.
+    """
+    size = image.crop_size if crops else image.size
+    # Idefics3: tiles, and an image that is not cut, are squares of this side.
+    if largest := getattr(image, "max_image_size", None):
+        size = {"height": largest["longest_edge"], "width": largest["longest_edge"]}
+    if (size.get("height"), size.get("width")) != wanted:
+        raise InputError(f"the image processor makes images of {dict(size)}; the model takes {wanted[0]}x{wanted[1]}.")
 
 
 def pixel_range(spec: ImageSpec) -> tuple[float, float]:

@@ -14,14 +14,13 @@ from devices.errors import DeviceError
 from export.bundle import Bundle, BundleError, find_bundles
 from export.executorch.runner import silenced_output
 from runtime_tests.checks import Check, run_checks
-from runtime_tests.measure import Latency, Memory, measure_latency, measure_memory
+from runtime_tests.measure import UNITS, Latency, Memory, measure_latency, measure_memory
 
 NAME = "python -m runtime_tests"
 EXAMPLE = """examples:
   python -m runtime_tests bundle
   python -m runtime_tests bundle/scheduled --against dense_bundle/scheduled --json
 """
-UNITS = "ms, image and prompt to first token"
 
 
 @dataclass
@@ -177,10 +176,10 @@ def _measure(reports: dict[str, Report], *, rounds: int, threads: int, progress:
 
 
 def _ratio(other: Report, report: Report) -> dict[str, float] | None:
-    """How many times faster `report` is, to the first token."""
+    """How many times faster `report` is, of a whole request."""
     if other.latency is None or report.latency is None:
         return None
-    slow, fast = other.latency.first_token, report.latency.first_token
+    slow, fast = other.latency.request, report.latency.request
     return {"steady": slow.steady / fast.steady, "p50": slow.p50 / fast.p50, "min": slow.min / fast.min}
 
 
@@ -197,10 +196,9 @@ def _print(reports: list[Report], others: dict[Path, Report], ratios: dict[str, 
         for check in report.checks:
             table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", check.detail)
         if report.latency:
-            first, following = report.latency.first_token, report.latency.next_token
-            for name, t in ((UNITS, first), ("ms, each further token", following)):
+            for name, t in report.latency.parts.items():
                 text = f"{t.steady:.3f} (p50 {t.p50:.3f}, p90 {t.p90:.3f}, min {t.min:.3f}, {t.calls} calls)"
-                table.add_row("latency", "", f"{text} {name}")
+                table.add_row("latency", "", f"{text} ms, {UNITS.get(name, name)}")
         if report.memory:
             text = f"peak {report.memory.peak:.0f} MB of the process, of which {report.memory.program:.1f} MB for the bundle"
             table.add_row("memory", "", text)

@@ -19,11 +19,13 @@ from export.bundle import (
     DynamicSize,
     Golden,
     TensorSpec,
+    TextGolden,
     largest,
     parse_manifest,
     read_manifest,
 )
-from export.executorch.runner import Engine, ExecuTorchEngine, Runner, StockRunner, open_runner
+from export.encoder_runner import EncoderRunner, Response, runner_of
+from export.executorch.runner import Engine, ExecuTorchEngine, Runner, StockRunner
 
 Status = Literal["pass", "fail", "skip"]
 DEFAULT_TOLERANCE = 1e-4
@@ -44,7 +46,7 @@ class Check:
         return asdict(self)
 
 
-def run_checks(folder: Path) -> tuple[list[Check], Runner | None]:
+def run_checks(folder: Path) -> tuple[list[Check], Runner | EncoderRunner | None]:
     """All checks of one bundle, and the runner for timing it (None when the program does not load).
 
     Raises:
@@ -56,11 +58,15 @@ def run_checks(folder: Path) -> tuple[list[Check], Runner | None]:
     bundle = Bundle.open(folder)
     checks.append(check_hashes(bundle))
     try:
-        golden = bundle.golden()
-        runner = open_runner(bundle, engine=open_engine(bundle))
+        golden = bundle.golden() if bundle.manifest.text is None else bundle.text_golden()
+        runner = runner_of(bundle, engine=open_engine(bundle))
     except BundleError as error:
         return [*checks, Check("load", "fail", str(error))], None
     checks.append(_guarded("signatures", lambda: check_signatures(bundle, runner)))
+    if isinstance(runner, EncoderRunner):
+        checks.append(_guarded("texts", lambda: check_texts(runner, golden)))
+        checks += _guarded_list("golden", lambda: check_responses(runner, golden))
+        return checks, runner
     checks += _guarded_list("golden", lambda: check_golden(bundle, runner, golden))
     if bundle.manifest.profile == "stock":
         checks.append(_guarded("MultimodalRunner", lambda: check_multimodal_runner(bundle, runner, golden)))
@@ -112,7 +118,7 @@ def check_hashes(bundle: Bundle) -> Check:
     return Check("hashes", "pass", f"{len(bundle.manifest.files)} files")
 
 
-def check_signatures(bundle: Bundle, runner: Runner) -> Check:
+def check_signatures(bundle: Bundle, runner: Runner | EncoderRunner) -> Check:
     """What the program says of its methods is what the manifest says."""
     if bundle.manifest.backend == "coreml":
         wrong = runner.engine.signature_errors()
@@ -162,8 +168,7 @@ def _largest(spec: TensorSpec) -> list[int]:
 
 def check_golden(bundle: Bundle, runner: Runner, golden: Golden) -> list[Check]:
     """Whole requests against the golden file: image features, logits of every token, generated tokens."""
-    verification = bundle.manifest.verification
-    tolerance = verification.tolerance if verification else DEFAULT_TOLERANCE
+    tolerance = _tolerance(bundle)
     features: list[float] = []
     logits: list[float] = []
     different = []
@@ -181,10 +186,70 @@ def check_golden(bundle: Bundle, runner: Runner, golden: Golden) -> list[Check]:
     return [
         _within("image features", largest(features), tolerance, total),
         _within("logits", largest(logits), tolerance, total),
-        Check("tokens", "fail", "; ".join(different))
-        if different
-        else Check("tokens", "pass", f"equal for {total} questions"),
+        _equal_tokens(different, total),
     ]
+
+
+def _equal_tokens(different: Sequence[str], total: int) -> Check:
+    if different:
+        return Check("tokens", "fail", "; ".join(different))
+    return Check("tokens", "pass", f"equal for {total} questions")
+
+
+def _tolerance(bundle: Bundle) -> float:
+    verification = bundle.manifest.verification
+    return verification.tolerance if verification else DEFAULT_TOLERANCE
+
+
+def check_texts(runner: EncoderRunner, golden: TextGolden) -> Check:
+    """The bundle's tokenizer and the manifest's rules make the golden token ids of the golden texts."""
+    if not runner.tokenizes:
+        return Check("texts", "skip", "the bundle has no tokenizer.json")
+    ids = golden.tensors["input_ids"]
+    different = [
+        text for index, text in enumerate(golden.texts) if not torch.equal(runner.input_ids(text)[0], ids[index])
+    ]
+    if different:
+        return Check("texts", "fail", f"other token ids of {', '.join(map(repr, different))}")
+    return Check("texts", "pass", f"token ids equal for {len(golden.texts)} texts")
+
+
+def check_responses(runner: EncoderRunner, golden: TextGolden) -> list[Check]:
+    """Whole requests against the golden file: every output, and the logits and tokens of answers."""
+    tolerance, total = _tolerance(runner.bundle), len(golden.texts)
+    inputs = {port.name for method in runner.once for port in method.inputs}
+    outputs = {port.name for method in runner.once for port in method.outputs}
+    names = [name for name in golden.tensors if name in outputs]
+    if strange := sorted(set(golden.tensors) - outputs - inputs):
+        return [Check("golden", "fail", f"no method has an output {', '.join(strange)}")]
+    # What one method hands to another need not be compared, nor logits, which come with tokens.
+    taken = {port.name for method in runner.bundle.manifest.methods for port in method.inputs} | {"logits"}
+    if missing := sorted(outputs - taken - set(names)):
+        return [Check("golden", "fail", f"the golden file lacks {', '.join(missing)}")]
+    responses = [
+        runner.respond(golden.tensors["pixel_values"][i : i + 1], golden.tensors["input_ids"][i : i + 1])
+        for i in range(total)
+    ]
+    checks = []
+    for name in names:
+        errors = [_error(one.tensors[name][0], golden.tensors[name][i]) for i, one in enumerate(responses)]
+        checks.append(_within(name, largest(errors), tolerance, total))
+    if runner.answer is not None:
+        checks += _answer_checks(golden, responses, tolerance)
+    return checks
+
+
+def _answer_checks(golden: TextGolden, responses: Sequence[Response], tolerance: float) -> list[Check]:
+    total, logits, different = len(golden.texts), [], []
+    if not golden.tokens:
+        return [Check("tokens", "fail", "the golden file holds no answers")]
+    for index, (text, response) in enumerate(zip(golden.texts, responses, strict=True)):
+        expected = golden.tokens[index]
+        if response.tokens != expected:
+            different.append(f"{text!r}: {list(response.tokens)} instead of {list(expected)}")
+        count = min(_common(response.tokens, expected) + 1, len(expected), len(response.logits))
+        logits.append(_error(torch.cat(response.logits[:count]), golden.logits[index][:count]))
+    return [_within("logits", largest(logits), tolerance, total), _equal_tokens(different, total)]
 
 
 def check_multimodal_runner(bundle: Bundle, runner: Runner, golden: Golden) -> Check:

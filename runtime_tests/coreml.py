@@ -35,11 +35,16 @@ class MilEngine:
 
     def call(self, method: str, *inputs: Tensor) -> Tensor:
         """Run a method; its first output as fp32."""
+        return self.call_all(method, *inputs)[0]
+
+    def call_all(self, method: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run a method; all its outputs, floats as fp32."""
         spec = self.bundle.manifest.method(method)
         named = {port.name: value for port, value in zip(spec.inputs, inputs, strict=True)}
         stateful = self._interpreters[method].signature.states
         outputs = self._interpreters[method].run(named, self._states[spec.file] if stateful else None)
-        return outputs[spec.outputs[0].name].to(torch.float32)
+        found = (outputs[port.name] for port in spec.outputs)
+        return tuple(value.to(torch.float32) if value.is_floating_point() else value for value in found)
 
     def signature_errors(self) -> list[str]:
         """Where the packages' signatures differ from the manifest."""

@@ -12,33 +12,54 @@ from typing import Any
 
 from devices.timing import Timing, interleave
 from export.bundle import Bundle
+from export.encoder_runner import EncoderRunner
 from export.executorch.runner import Runner
+
+FIRST_TOKEN, NEXT_TOKEN, REQUEST = "first_token", "next_token", "request"
+# What is timed, in words.
+UNITS = {
+    FIRST_TOKEN: "image and prompt to first token",
+    NEXT_TOKEN: "each further token",
+    REQUEST: "image and text",
+}
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a request: image and prompt to the first token, and each token after it."""
+    """Milliseconds by what is timed: a request first, to its first token or to what encoders make of it, then its parts."""
 
-    first_token: Timing
-    next_token: Timing
+    parts: dict[str, Timing]
+
+    @property
+    def request(self) -> Timing:
+        """What two bundles are compared by."""
+        return next(iter(self.parts.values()))
 
     def to_json(self) -> dict[str, Any]:
-        return {"first_token": self.first_token.to_json(), "next_token": self.next_token.to_json()}
+        return {name: timing.to_json() for name, timing in self.parts.items()}
 
 
 def measure_latency(
-    runners: Mapping[str, Runner], *, rounds: int, progress: Callable[[], None] = lambda: None
+    runners: Mapping[str, Runner | EncoderRunner], *, rounds: int, progress: Callable[[], None] = lambda: None
 ) -> dict[str, Latency]:
     """Time the first golden request of every bundle, in turns, so that their ratio is meaningful.
 
     Preparing the image and tokenizing the prompt are not included.
     """
-    subjects: dict[str, Callable[[], Any]] = {}
-    for name, runner in runners.items():
-        subjects[f"{name} first"] = _first_token(runner)
-        subjects[f"{name} next"] = _next_token(runner)
-    timings = interleave(subjects, rounds=rounds, progress=progress)
-    return {name: Latency(first_token=timings[f"{name} first"], next_token=timings[f"{name} next"]) for name in runners}
+    subjects = {(name, part): call for name, runner in runners.items() for part, call in _subjects(runner).items()}
+    timings = interleave(
+        {f"{name} {part}": call for (name, part), call in subjects.items()}, rounds=rounds, progress=progress
+    )
+    return {
+        name: Latency({part: timings[f"{name} {part}"] for owner, part in subjects if owner == name})
+        for name in runners
+    }
+
+
+def _subjects(runner: Runner | EncoderRunner) -> dict[str, Callable[[], Any]]:
+    if isinstance(runner, EncoderRunner):
+        return _encoder_subjects(runner)
+    return {FIRST_TOKEN: _first_token(runner), NEXT_TOKEN: _next_token(runner)}
 
 
 def _first_token(runner: Runner) -> Callable[[], int]:
@@ -55,6 +76,21 @@ def _next_token(runner: Runner) -> Callable[[], int]:
         return int(runner.step(token).argmax())
 
     return step
+
+
+def _encoder_subjects(runner: EncoderRunner) -> dict[str, Callable[[], Any]]:
+    """The whole request (to the first token where there is an answer), and each method alone."""
+    golden = runner.bundle.text_golden()
+    pixels, ids = golden.tensors["pixel_values"][:1], golden.tensors["input_ids"][:1]
+    whole = FIRST_TOKEN if runner.answer is not None else REQUEST
+    subjects: dict[str, Callable[[], Any]] = {whole: lambda: runner.respond(pixels, ids, max_new_tokens=1)}
+    values = runner.respond(pixels, ids, max_new_tokens=1).tensors
+    for method in runner.once:
+        subjects[method.name] = lambda method=method: runner.call(method, dict(values))
+    if runner.answer is not None:
+        token, position = golden.tokens[0][0], runner.start(ids)
+        subjects[NEXT_TOKEN] = lambda: runner.decode(values, token, position)
+    return subjects
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 from devices.host import peak_memory_mb, resident_memory_mb
 from devices.program import set_threads
 from export.bundle import Bundle
-from export.executorch.runner import open_runner
+from export.encoder_runner import EncoderRunner, runner_of
 
 
 def main(folder: str, threads: int) -> dict[str, float] | None:
@@ -19,9 +19,14 @@ def main(folder: str, threads: int) -> dict[str, float] | None:
 
     Runtime.get()
     bundle = Bundle.open(folder)
-    golden = bundle.golden()
+    texts = bundle.manifest.text is not None
+    golden = bundle.text_golden() if texts else bundle.golden()
     before = resident_memory_mb()
-    open_runner(bundle).generate(golden.pixel_values[:1], golden.questions[0])
+    runner = runner_of(bundle)
+    if isinstance(runner, EncoderRunner):
+        runner.respond(golden.tensors["pixel_values"][:1], golden.tensors["input_ids"][:1])
+    else:
+        runner.generate(golden.pixel_values[:1], golden.questions[0])
     peak = peak_memory_mb()
     if before is None or peak is None:
         return None

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comp_edge.cli.common import Parser, print_json, progress_bar, quiet_libraries, run
-from export.arguments import add_common, load_requests
+from comp_edge.cli.common import Parser, progress_bar
+from export.arguments import add_common, load_encoder_requests, load_requests, run_exporter, takes_texts
+from export.bundle import largest
 
 NAME = "python -m export.coreml"
 EXAMPLE = """example:
   python -m export.coreml runs/pruned -o bundle
   python -m export.coreml runs/pruned -o bundle --precision fp16 --golden questions.safetensors --verify 200 --json
+  python -m export.coreml random:clip-vit-b-16 -o bundle          an image and a text package
 
 BUNDLE/fp16 and BUNDLE/fp32 each hold a vision and a language package and what an application needs beside them.
 """
@@ -42,35 +44,33 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code: 0 written and right, 1 the packages are not right, 2 bad input."""
-    args = parser().parse_args(argv)
-    quiet_libraries()
-    return run(lambda: _command(args), name=NAME)
+    return run_exporter(parser(), _export, _wrong, argv)
 
 
-def _command(args: argparse.Namespace) -> int:
+def _wrong() -> type[Exception]:
     from export.coreml.convert import ExportError
 
-    try:
-        result = _export(args)
-    except ExportError as error:
-        print(f"{NAME}: {error} Nothing was written.", file=sys.stderr)
-        return 1
-    if args.json:
-        print_json(result)
-    return 0
+    return ExportError
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from export.coreml.build import build_bundle
+    from export.coreml.encoders import build_encoders
     from export.coreml.functions import PRECISIONS
 
     begin = time.monotonic()
-    source, requests = load_requests(args)
+    if takes_texts(args):
+        build: Any = build_encoders
+        source: Any
+        source, requests = load_encoder_requests(args)
+    else:
+        build = build_bundle
+        source, requests = load_requests(args)
     precisions = PRECISIONS if args.precision == "both" else (args.precision,)
     with progress_bar("exporting") as report:
-        manifests = build_bundle(precisions, source, requests, args.out, selection=args.select, report=report)
+        manifests = build(precisions, source, requests, args.out, selection=args.select, report=report)
     result = summary(manifests, args.out)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for precision, manifest in manifests.items():
@@ -90,6 +90,7 @@ def summary(manifests: Mapping[str, Any], out: Path) -> dict[str, Any]:
     # The agreement of the precision that devices run, where it was exported.
     main = verified.get("fp16") or verified["fp32"]
     declared = main.details["declared"]
+    equal = [one.tokens_equal for one in verified.values()]
     return {
         "path": str(out),
         **{f"{precision}_max_abs_error": _largest(verified.get(precision)) for precision in ("fp32", "fp16")},
@@ -97,7 +98,8 @@ def summary(manifests: Mapping[str, Any], out: Path) -> dict[str, Any]:
         "fp32_declared_max_abs_error": _declared(verified.get("fp32")),
         "kept_set_agreement": main.details["kept_sets"]["agreement"],
         "kept_sets": main.details["kept_sets"],
-        "tokens_equal": all(one.tokens_equal for one in verified.values()),
+        # Null where nothing is generated.
+        "tokens_equal": None if None in equal else all(equal),
         "declared_tokens_matched": declared["tokens_matched"],
         "questions": main.questions,
         "bundles": {
@@ -116,16 +118,17 @@ def summary(manifests: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _largest(verification: Any) -> float | None:
-    """Largest error of logits and image features."""
+    """Largest error of all outputs: logits and image features, or what encoders give."""
     if verification is None:
         return None
-    return max(verification.max_abs_error, verification.details["image_features_max_abs_error"])
+    return largest([verification.max_abs_error, verification.details.get("image_features_max_abs_error", 0.0)])
 
 
 def _declared(verification: Any) -> float | None:
     if verification is None:
         return None
-    errors = [verification.details["declared"][key] for key in ("max_abs_error", "image_features_max_abs_error")]
+    declared = verification.details["declared"]
+    errors = [declared["max_abs_error"], declared.get("image_features_max_abs_error", 0.0)]
     return None if None in errors else max(errors)
 
 
@@ -134,11 +137,13 @@ def _line(precision: str, result: Mapping[str, Any]) -> str:
     declared, kept = bundle["details"]["declared"], bundle["details"]["kept_sets"]
     rounded = result[f"{precision}_declared_max_abs_error"]
     size, questions = sum(bundle["bytes"].values()) / 1e6, bundle["questions"]
+    writes = bundle["tokens_equal"] is not None
+    matched = f"{declared['tokens_matched']} of {questions}"
     return (
         f"{precision}: {bundle['path']} ({size:.2f} MB), largest error {result[f'{precision}_max_abs_error']:.1e} (at most "
-        f"{bundle['tolerance']:.0e}), tokens equal on {bundle['matched']} of {questions} requests; rounded as declared: "
-        f"{'not comparable' if rounded is None else f'error {rounded:.1e}'}, tokens {declared['tokens_matched']} of "
-        f"{questions}, kept sets {kept['agreeing']} of {kept['compared']}"
+        f"{bundle['tolerance']:.0e}), {'tokens equal' if writes else 'within it'} on {bundle['matched']} of {questions} "
+        f"requests; rounded as declared: {'not comparable' if rounded is None else f'error {rounded:.1e}'}, "
+        f"{f'tokens {matched}, ' if writes else ''}kept sets {kept['agreeing']} of {kept['compared']}"
     )
 
 

@@ -15,7 +15,8 @@ from export.coreml.swift import EXAMPLE_FILE, swift_example
 from export.coreml.verify import Watched, module_failures, verify, watch_eager
 from export.mil import ExecutionError, UnknownOpError
 from export.mil import InputError as PackageError
-from export.reference import Requests, Source, image_spec, prompt_spec, reference, write_processor
+from export.reference import Requests, image_spec, prompt_spec, reference, write_processor
+from export.source import Source
 
 # What a bundle carries; verification may run on many more.
 GOLDEN_KEPT = 8
@@ -67,7 +68,9 @@ def build_bundle(
                 )
                 if failures := module_failures(plain, golden):
                     raise ExportError(f"The modules to convert are not the model: {'; '.join(failures)}.")
-            manifests[precision] = _verified(bundle, modules, precision, golden, plain, fields=fields, report=report)
+            manifests[precision] = _verified(
+                bundle, modules, precision, golden, plain, notes=source.notes, fields=fields, report=report
+            )
     return manifests
 
 
@@ -78,6 +81,7 @@ def _verified(
     golden: Golden,
     plain: Watched,
     *,
+    notes: tuple[str, ...],
     fields: dict,
     report: Report,
 ) -> Manifest:
@@ -110,7 +114,9 @@ def _verified(
     if outcome.failures:
         raise ExportError(f"The {precision} package is not right: {'; '.join(outcome.failures)}.")
     write_golden(bundle.path(GOLDEN_FILE), expected.take(outcome.clear[:GOLDEN_KEPT]))
-    return finish_bundle(bundle.folder, **fields, verification=outcome.verification, warnings=outcome.warnings)
+    return finish_bundle(
+        bundle.folder, **fields, verification=outcome.verification, warnings=(*notes, *outcome.warnings)
+    )
 
 
 def _manifest_fields(source: Source, modules: Modules, precision: Precision) -> dict:

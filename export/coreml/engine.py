@@ -38,7 +38,7 @@ class Cut:
 
 
 class EagerEngine:
-    """The modules themselves. `outputs` and `cuts` hold the output and the drops of each method's last call."""
+    """The modules themselves. `outputs` and `cuts` hold the first output and the drops of each method's last call."""
 
     def __init__(self, modules: Modules, *, round_to_fp16: bool = False) -> None:
         """Args:
@@ -53,12 +53,17 @@ class EagerEngine:
         self.outputs: dict[str, Tensor] = {}
 
     def call(self, method: str, *inputs: Tensor) -> Tensor:
-        """Run a method; its output."""
+        """Run a method; its first output."""
+        return self.call_all(method, *inputs)[0]
+
+    def call_all(self, method: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run a method; all its outputs."""
         module = self._modules[method]
         with torch.no_grad(), _watch(module) as cuts, _RoundedConstants() if self._rounds else nullcontext():
             output = module(*inputs)
-        self.cuts[method], self.outputs[method] = cuts, output
-        return output
+        outputs = output if isinstance(output, tuple) else (output,)
+        self.cuts[method], self.outputs[method] = cuts, outputs[0]
+        return outputs
 
 
 class MilEngine:
@@ -94,6 +99,10 @@ class MilEngine:
 
     def call(self, method: str, *inputs: Tensor) -> Tensor:
         """Run a method; its first output, in fp32."""
+        return self.call_all(method, *inputs)[0]
+
+    def call_all(self, method: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run a method; all its outputs, floats in fp32."""
         spec = self._methods[method]
         trace = Trace(ops={WATCHED[self._selection]}) if self._watch else None
         named = {port.name: value for port, value in zip(spec.inputs, inputs, strict=True)}
@@ -101,8 +110,10 @@ class MilEngine:
         outputs = self._interpreters[method].run(named, state, trace=trace)
         if trace is not None:
             self.kept[method] = kept_tokens(trace, self._selection)
-        self.outputs[method] = outputs[spec.outputs[0].name].to(torch.float32)
-        return self.outputs[method]
+        found = tuple(outputs[port.name] for port in spec.outputs)
+        found = tuple(value.to(torch.float32) if value.is_floating_point() else value for value in found)
+        self.outputs[method] = found[0]
+        return found
 
 
 def kept_tokens(trace: Trace, selection: Selection) -> list[tuple[int, ...]]:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from comp_edge.errors import InputError
 from export.bundle import MethodSpec, TensorSpec
 from export.graph import COREML, Decode, LanguageModel, Prefill, TokenEmbedding, VisionEncoder
-from export.reference import Source, image_spec, pixel_range
+from export.positions import positions_about
+from export.reference import image_spec, pixel_range
+from export.source import Source
 
 Precision = Literal["fp16", "fp32"]
 Selection = Literal["topk", "rank"]
@@ -34,6 +36,11 @@ class Modules:
     language: LanguageModel
     selection: Selection
 
+    @property
+    def vision(self) -> VisionEncoder:
+        """The image encoder."""
+        return self.by_method["vision_encoder"]
+
 
 def build_modules(source: Source, *, selection: Selection) -> Modules:
     """The modules that become functions.
@@ -46,9 +53,9 @@ def build_modules(source: Source, *, selection: Selection) -> Modules:
     """
     options = dataclasses.replace(COREML, selection=selection)
     tokens = source.tokens["language"]
-    language = LanguageModel(source.model, tokens, new_tokens=source.new_tokens, options=options)
+    language = LanguageModel(source.model, tokens, new_tokens=source.new_tokens, options=options, grid=source.grid)
     by_method = {
-        "vision_encoder": VisionEncoder(source.model, source.tokens["vision"], options),
+        "vision_encoder": VisionEncoder(source.model, source.tokens["vision"], options, size=source.image_size),
         "token_embedding": TokenEmbedding(source.model),
         "prefill": Prefill(language),
         "decode": Decode(language),
@@ -64,11 +71,18 @@ def check_precision(modules: Modules, precision: Precision) -> None:
     Raises:
         InputError: more positions than fp16 tells apart.
     """
+    if precision != "fp16":
+        return
     capacity = modules.language.capacity
-    if precision == "fp16" and capacity > LARGEST_FP16_POSITION:
+    if capacity > LARGEST_FP16_POSITION:
         raise InputError(
             f"prompt and answer need {capacity} positions, and fp16 tells at most {LARGEST_FP16_POSITION} apart; shorten "
             "them or export with --precision fp32."
+        )
+    if modules.vision.says_kept and (tokens := modules.vision.places.shape[1]) > LARGEST_FP16_POSITION:
+        raise InputError(
+            f"the image has {tokens} tokens to choose from, and fp16 tells at most {LARGEST_FP16_POSITION} apart; give a "
+            "smaller --image-size or export with --precision fp32."
         )
 
 
@@ -111,8 +125,11 @@ class _Specs:
             file=package_name("vision", self.precision),
             function=ONLY_FUNCTION,
             inputs=(pixels,),
-            outputs=(self._floats("image_features", (1, self.source.image_tokens, self._width), EMBEDDING_LAYOUT),),
-            about="image tower and projector; tokens are dropped inside",
+            outputs=(
+                self._floats("image_features", (1, self.source.image_tokens, self._width), EMBEDDING_LAYOUT),
+                *([self._kept] if self.modules.vision.says_kept else []),
+            ),
+            about="image tower and connector; tokens are dropped inside",
         )
 
     def token_embedding(self) -> MethodSpec:
@@ -138,7 +155,7 @@ class _Specs:
         start = self._start("left pads: prompt length less what is not padding")
         return self._language(
             "prefill",
-            (rows, start),
+            (rows, start, *self._positions),
             self._logits,
             states=self._states,
             about="fills the key-value caches, whatever was in them; tokens are dropped inside",
@@ -206,6 +223,25 @@ class _Specs:
                 # The name that the buffer has within `Prefill` and `Decode`, which the front end keeps.
                 found.append(TensorSpec(name=f"language_{name}", shape=shape, dtype="float16", layout=layout))
         return tuple(found)
+
+    @property
+    def _kept(self) -> TensorSpec:
+        return self._integers(
+            "kept",
+            (1, self.source.image_tokens),
+            "batch, token",
+            self.source.dense_image_tokens - 1,
+            "which tokens of the dense image the rows are, counted row by row: positions need them",
+        )
+
+    @property
+    def _positions(self) -> list[TensorSpec]:
+        """The input of `prefill` that a model with positions in two dimensions has."""
+        language = self.modules.language
+        if (grid := language.grid) is None:
+            return []
+        shape, high = (3, language.prompt), language.prompt + grid.after - 1
+        return [self._integers("positions", shape, "time, height and width; slot", high, positions_about(grid))]
 
     def _floats(self, name: str, shape: tuple[int, ...], layout: str, **more: Any) -> TensorSpec:
         return TensorSpec(name=name, shape=shape, dtype=DTYPES[self.precision], layout=layout, **more)

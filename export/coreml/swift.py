@@ -8,6 +8,7 @@ from string import Template
 
 from export.bundle import MethodSpec, PromptSpec
 from export.coreml.functions import Precision
+from export.positions import ImageGrid
 
 EXAMPLE_FILE = "CoreMLExample.swift"
 
@@ -73,9 +74,7 @@ final class VisionLanguageModel {
             embedding, ["token_ids": MLFeatureValue(shapedArray: MLShapedArray(scalars: text, shape: [1, Self.textLength]))],
             output: "embeddings"
         ).scalars
-        let image = try await run(
-            vision, ["pixel_values": MLFeatureValue(shapedArray: pixelValues)], output: "image_features"
-        ).scalars
+$see
 
         // [pads][head][image features][tail]
         let split = (start + head.count) * Self.width
@@ -87,7 +86,7 @@ final class VisionLanguageModel {
             [
                 "inputs_embeds": MLFeatureValue(
                     shapedArray: MLShapedArray(scalars: sequence, shape: [1, Self.promptLength, Self.width])),
-                "start": startValue,
+                "start": startValue,$positions_input
             ],
             output: "logits", state: state
         )
@@ -113,7 +112,7 @@ final class VisionLanguageModel {
         return tokens
     }
 
-    private func run(
+$positions_function    private func run(
         _ model: MLModel, _ inputs: [String: MLFeatureValue], output: String, state: MLState? = nil
     ) async throws -> MLShapedArray<Scalar> {
         let provider = try MLDictionaryFeatureProvider(dictionary: inputs)
@@ -139,11 +138,57 @@ final class VisionLanguageModel {
 }
 """)
 
+# For a model whose image tokens have positions in two dimensions; `first` is the slot of the image's first row.
+_POSITIONS = Template("""\
+    /// Time, height and width of each slot, as "positions" of prefill in manifest.json says.
+    private static func positions(first: Int, kept: [Int32]) -> MLFeatureValue {
+        var values = (0..<3).flatMap { _ in (0..<Int32(promptLength)) }
+        for axis in 0..<3 {
+            for slot in 0..<promptLength {
+                let at = axis * promptLength + slot
+                if slot < first {
+                    values[at] += $before
+                } else if slot >= first + imageTokens {
+                    values[at] += $after
+                } else {
+                    let place = kept[slot - first]
+                    values[at] = Int32(first + $before) + [0, place / $columns, place % $columns][axis]
+                }
+            }
+        }
+        return MLFeatureValue(shapedArray: MLShapedArray(scalars: values, shape: [3, promptLength]))
+    }
+
+""")
+_POSITIONS_INPUT = """
+                "positions": Self.positions(first: start + head.count, kept: kept),"""
+_SEE = """\
+        let image = try await run(
+            vision, ["pixel_values": MLFeatureValue(shapedArray: pixelValues)], output: "image_features"
+        ).scalars"""
+_SEE_ALL = """
+        let kept = Array(0..<Int32(Self.imageTokens))  // every token of the image"""
+_SEE_KEPT = """\
+        let seen = try await vision.prediction(
+            from: MLDictionaryFeatureProvider(dictionary: ["pixel_values": MLFeatureValue(shapedArray: pixelValues)]))
+        guard let image = seen.featureValue(for: "image_features")?.shapedArrayValue(of: Scalar.self)?.scalars,
+            let kept = seen.featureValue(for: "kept")?.shapedArrayValue(of: Int32.self)?.scalars
+        else {
+            fatalError("the vision package has not the outputs that the bundle's manifest says")
+        }"""
+
 
 def swift_example(specs: Mapping[str, MethodSpec], prompt: PromptSpec, precision: Precision) -> str:
     """The text of `CoreMLExample.swift` for a bundle with these methods."""
     _, length, width = specs["prefill"].inputs[0].shape
+    grid = None if prompt.grid is None else ImageGrid(*prompt.grid, prompt.image_tokens)
+    says_kept = len(specs["vision_encoder"].outputs) > 1
     return _TEMPLATE.substitute(
+        see=_SEE_KEPT if says_kept else _SEE if grid is None else _SEE + _SEE_ALL,
+        positions_input="" if grid is None else _POSITIONS_INPUT,
+        positions_function=""
+        if grid is None
+        else _POSITIONS.substitute(before=grid.before, after=grid.after, columns=grid.width),
         scalar="Float16" if precision == "fp16" else "Float",
         image_tokens=prompt.image_tokens,
         prompt=length,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comp_edge.cli.common import Parser, print_json, progress_bar, quiet_libraries, run
-from export.arguments import add_common, load_requests
+from comp_edge.cli.common import Parser, progress_bar
+from export.arguments import add_common, load_encoder_requests, load_requests, run_exporter, takes_texts
 
 NAME = "python -m export.executorch"
 EXAMPLE = """example:
   python -m export.executorch runs/pruned -o bundle
   python -m export.executorch runs/pruned -o bundle --profile scheduled --golden questions.safetensors --verify 200 --json
+  python -m export.executorch random:clip-vit-b-16 -o bundle      encoders alone: BUNDLE/encoders, without profiles
 """
+PROFILE_DEFAULT = "both"
 
 
 def parser() -> Parser:
@@ -28,71 +30,77 @@ def parser() -> Parser:
     parse.add_argument(
         "--profile",
         choices=("stock", "scheduled", "both"),
-        default="both",
-        help="stock: for ExecuTorch's MultimodalRunner; scheduled: tokens dropped in the language model too (default: both)",
+        default=PROFILE_DEFAULT,
+        help="of models with an image in their prompt. stock: for ExecuTorch's MultimodalRunner; scheduled: tokens dropped in "
+        "the language model too (default: both)",
     )
     return parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code: 0 written and right, 1 the program is not right, 2 bad input."""
-    args = parser().parse_args(argv)
-    quiet_libraries()
-    return run(lambda: _command(args), name=NAME)
+    return run_exporter(parser(), _export, _wrong, argv)
 
 
-def _command(args: argparse.Namespace) -> int:
+def _wrong() -> type[Exception]:
     from export.executorch.build import VerificationError
 
-    try:
-        result = _export(args)
-    except VerificationError as error:
-        print(f"{NAME}: {error} Nothing was written.", file=sys.stderr)
-        return 1
-    if args.json:
-        print_json(result)
-    return 0
+    return VerificationError
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
-    from rich.console import Console
+    with progress_bar("exporting") as report:
+        manifests = _encoders(args, report) if takes_texts(args) else _profiles(args, report)
+    return {profile: _summary(profile, manifest, args) for profile, manifest in manifests.items()}
 
+
+def _encoders(args: argparse.Namespace, report: Any) -> Mapping[str, Any]:
+    from comp_edge.errors import InputError
+    from export.executorch.encoders import build_encoders
+
+    if args.profile != PROFILE_DEFAULT:
+        raise InputError(
+            f"--profile {args.profile} was given, but {args.model!r} reads its text apart from the image and has no profiles."
+        )
+    return build_encoders(*load_encoder_requests(args), args.out, report=report)
+
+
+def _profiles(args: argparse.Namespace, report: Any) -> Mapping[str, Any]:
     from export.executorch.build import build_bundle
     from export.executorch.profiles import PROFILES
 
-    console = Console(stderr=True)
-    source, requests = load_requests(args)
-    profiles = PROFILES if args.profile == "both" else (args.profile,)
-    with progress_bar("exporting") as report:
-        manifests = build_bundle(profiles, source, requests, args.out, report=report)
-    result = {}
-    for profile in profiles:
-        manifest, folder = manifests[profile], args.out / profile
-        for warning in manifest.warnings:
-            console.print(f"[yellow]warning[/]: {profile}: {warning}", highlight=False, soft_wrap=True)
-        if manifest.lifted_language_drops:
-            console.print(
-                f"[yellow]note[/]: stock lifts the plan's token drops inside the language model "
-                f"({list(manifest.lifted_language_drops)}): its runner prefills the image before it knows the question.",
-                highlight=False,
-                soft_wrap=True,
-            )
-        verified = manifest.verification
+    profiles = PROFILES if args.profile == PROFILE_DEFAULT else (args.profile,)
+    manifests = build_bundle(profiles, *load_requests(args), args.out, report=report)
+    return {profile: manifests[profile] for profile in profiles if profile in manifests}
+
+
+def _summary(profile: str, manifest: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Say on stderr what was written; what `--json` prints of it."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    folder, verified = args.out / profile, manifest.verification
+    size = (folder / manifest.methods[0].file).stat().st_size
+    for warning in manifest.warnings:
+        console.print(f"[yellow]warning[/]: {profile}: {warning}")
+    if manifest.lifted_language_drops:
         console.print(
-            f"{profile}: {folder} ({(folder / 'model.pte').stat().st_size / 1e6:.2f} MB), largest error "
-            f"{verified.max_abs_error:.1e}, tokens equal on {verified.matched} of {verified.questions} requests",
-            highlight=False,
-            soft_wrap=True,
+            f"[yellow]note[/]: stock lifts the plan's token drops inside the language model "
+            f"({list(manifest.lifted_language_drops)}): its runner prefills the image before it knows the question."
         )
-        result[profile] = {
-            "path": str(folder),
-            "bytes": (folder / "model.pte").stat().st_size,
-            **verified.model_dump(mode="json"),
-            "lifted_language_drops": manifest.lifted_language_drops,
-            "delegates": {name: report.delegates for name, report in manifest.delegation.items()},
-            "warnings": list(manifest.warnings),
-        }
-    return result
+    equal = "within the tolerance" if verified.tokens_equal is None else "tokens equal"
+    console.print(
+        f"{profile}: {folder} ({size / 1e6:.2f} MB), largest error {verified.max_abs_error:.1e}, {equal} on "
+        f"{verified.matched} of {verified.questions} requests"
+    )
+    return {
+        "path": str(folder),
+        "bytes": size,
+        **verified.model_dump(mode="json"),
+        "lifted_language_drops": manifest.lifted_language_drops,
+        "delegates": {name: report.delegates for name, report in manifest.delegation.items()},
+        "warnings": list(manifest.warnings),
+    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,9 @@ from export.bundle import GOLDEN_FILE, BundleError, Manifest, finish_bundle, wri
 from export.executorch.lower import delegation_warnings, lower
 from export.executorch.profiles import PROGRAM_FILE, Profile, build_methods, constants
 from export.executorch.verify import verify
-from export.reference import (
-    Requests,
-    Source,
-    image_spec,
-    prompt_spec,
-    reference,
-    without_language_drops,
-    write_processor,
-)
+from export.graph.stock import stock_obstacle
+from export.reference import Requests, image_spec, prompt_spec, reference, write_processor
+from export.source import Source, without_language_drops
 
 # What a bundle carries; verification may run on many more.
 GOLDEN_KEPT = 8
@@ -66,8 +61,10 @@ def build_profile(profile: Profile, source: Source, requests: Requests, folder: 
         "tokens": source.tokens,
         "lifted_language_drops": lifted,
         "delegation": lowered.delegation,
-        "warnings": tuple(delegation_warnings(lowered.delegation)),
+        "warnings": (*source.notes, *delegation_warnings(lowered.delegation)),
     }
+    # Large models: the modules and the program in memory are not needed any more.
+    del methods, lowered
     finish_bundle(folder, **fields)
     try:
         outcome = verify(folder, golden, source, progress=_counter(report, len(requests), f"{profile}: verifying"))
@@ -91,10 +88,15 @@ def build_bundle(
 ) -> dict[str, Manifest]:
     """Export profiles into `out`, each into a folder of its name. Nothing is written unless all of them are right.
 
+    Of several profiles those that the model can have are written, with a note on the others.
+
     Raises:
         InputError, VerificationError: see `build_profile`.
     """
     manifests = {}
+    if len(profiles) > 1 and (reason := stock_obstacle(source.model)):
+        profiles = tuple(profile for profile in profiles if profile != "stock")
+        source = dataclasses.replace(source, notes=(*source.notes, reason))
     # `scheduled` first: `stock` changes the live model's schedule.
     for_stock_last = sorted(profiles, key=lambda profile: profile == "stock")
     with whole_folder(out) as staging:

@@ -17,7 +17,9 @@ from export.graph import (
     TokenEmbedding,
     VisionEncoder,
 )
-from export.reference import Source, eos_token_ids, image_spec, pixel_range
+from export.positions import ImageGrid, positions_about
+from export.reference import eos_token_ids, image_spec, pixel_range
+from export.source import Source
 
 Profile = Literal["stock", "scheduled"]
 PROFILES: tuple[Profile, ...] = ("stock", "scheduled")
@@ -34,10 +36,8 @@ def build_methods(profile: Profile, source: Source) -> dict[str, Method]:
     Raises:
         InputError: the model has no deployment form, or does not fit its positions.
     """
-    methods = {"vision_encoder": _vision_encoder(source)}
-    if profile == "scheduled":
-        return methods | _scheduled(source)
-    return methods | _stock(source)
+    language = _scheduled(source) if profile == "scheduled" else _stock(source)
+    return {"vision_encoder": _vision_encoder(source), **language}
 
 
 def constants(profile: Profile, source: Source) -> dict[str, Any]:
@@ -84,6 +84,7 @@ def _integer(name: str, *, shape: tuple[Any, ...], layout: str, high: int, about
 
 def _vision_encoder(source: Source) -> Method:
     image = image_spec(source)
+    module = VisionEncoder(source.model, source.tokens["vision"], EXECUTORCH, size=source.image_size)
     spec = MethodSpec(
         name="vision_encoder",
         file=PROGRAM_FILE,
@@ -103,11 +104,21 @@ def _vision_encoder(source: Source) -> Method:
                 dtype="float32",
                 layout=EMBEDDING_LAYOUT,
             ),
+            *([_kept(source)] if module.says_kept else []),
         ),
-        about="image tower and projector; tokens are dropped inside",
+        about="image tower and connector; tokens are dropped inside",
     )
-    module = VisionEncoder(source.model, source.tokens["vision"], EXECUTORCH)
     return Method(module=module, inputs=(torch.zeros(1, 3, image.height, image.width),), spec=spec)
+
+
+def _kept(source: Source) -> TensorSpec:
+    return _integer(
+        "kept",
+        shape=(1, source.image_tokens),
+        layout="batch, token",
+        high=source.dense_image_tokens - 1,
+        about="which tokens of the dense image the rows are, counted row by row: positions need them",
+    )
 
 
 def _embedding_spec(source: Source, length: int | DynamicSize, about: str) -> MethodSpec:
@@ -117,11 +128,22 @@ def _embedding_spec(source: Source, length: int | DynamicSize, about: str) -> Me
     return MethodSpec(name="token_embedding", file=PROGRAM_FILE, inputs=(ids,), outputs=(rows,))
 
 
+def _positions(grid: ImageGrid, prompt: int) -> TensorSpec:
+    return _integer(
+        "positions",
+        shape=(3, prompt),
+        layout="time, height and width; slot",
+        high=prompt + grid.after - 1,
+        about=positions_about(grid),
+    )
+
+
 def _scheduled(source: Source) -> dict[str, Method]:
     tokens, width = source.tokens["language"], _width(source)
     prompt, vocabulary = tokens[0], source.model.config.text_config.vocab_size
     text = source.text_tokens
-    language = LanguageModel(source.model, tokens, new_tokens=source.new_tokens, options=EXECUTORCH)
+    grid = source.grid
+    language = LanguageModel(source.model, tokens, new_tokens=source.new_tokens, options=EXECUTORCH, grid=grid)
     start = _integer(
         "start", shape=(1,), layout="scalar", high=text, about="left pads: prompt length less what is not padding"
     )
@@ -137,10 +159,14 @@ def _scheduled(source: Source) -> dict[str, Method]:
                 about="[left pads][prompt head][image features][prompt tail]; the pads' values do not matter",
             ),
             start,
+            *([] if grid is None else [_positions(grid, prompt)]),
         ),
         outputs=(_logits(source),),
         about="fills the key-value caches, which decode shares; tokens are dropped inside",
     )
+    example = (torch.zeros(1, prompt, width), torch.tensor([1]))
+    if grid is not None:
+        example = (*example, torch.zeros(3, prompt, dtype=torch.int64))
     decode = MethodSpec(
         name="decode",
         file=PROGRAM_FILE,
@@ -164,9 +190,7 @@ def _scheduled(source: Source) -> dict[str, Method]:
             inputs=(torch.zeros(1, text, dtype=torch.int64),),
             spec=_embedding_spec(source, text, about),
         ),
-        "prefill": Method(
-            module=Prefill(language), inputs=(torch.zeros(1, prompt, width), torch.tensor([1])), spec=prefill
-        ),
+        "prefill": Method(module=Prefill(language), inputs=example, spec=prefill),
         "decode": Method(
             module=Decode(language),
             inputs=(torch.tensor([[0]]), torch.tensor([prompt]), torch.tensor([1])),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from export.bundle import Bundle, BundleError
+from export.positions import ImageGrid, prompt_positions
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class Engine(Protocol):
     def call(self, method: str, *inputs: Tensor) -> Tensor:
         """Run a method on inputs in the manifest's order; its first output."""
 
+    def call_all(self, method: str, *inputs: Tensor) -> Sequence[Tensor]:
+        """The same; all its outputs."""
+
 
 class ExecuTorchEngine:
     """A .pte through `executorch.runtime.Runtime`, whose methods share the memory of the caches."""
@@ -99,7 +103,10 @@ class ExecuTorchEngine:
         return self._methods[name]
 
     def call(self, method: str, *inputs: Tensor) -> Tensor:
-        return self.method(method).execute(inputs)[0]
+        return self.call_all(method, *inputs)[0]
+
+    def call_all(self, method: str, *inputs: Tensor) -> Sequence[Tensor]:
+        return self.method(method).execute(inputs)
 
 
 class Runner(ABC):
@@ -186,6 +193,8 @@ class ScheduledRunner(Runner):
         self._prompt = self._sequence.shape[1]
         self._start = torch.zeros(1, dtype=torch.int64)
         self._position = torch.zeros(1, dtype=torch.int64)
+        grid, rows = self.spec.grid, self.spec.image_tokens
+        self._grid = None if grid is None else ImageGrid(*grid, rows)
 
     def prefill(self, pixel_values: Tensor, ids: Sequence[int]) -> Tensor:
         head, tail = self.segments(ids)
@@ -196,11 +205,17 @@ class ScheduledRunner(Runner):
         text = self.engine.call("token_embedding", torch.tensor([padded]))
         after = start + len(head)
         self._sequence[:, :after] = text[:, :after]
-        self._sequence[:, after : after + image] = self.engine.call("vision_encoder", pixel_values)
+        features, *kept = self.engine.call_all("vision_encoder", pixel_values)
+        self._sequence[:, after : after + image] = features
         self._sequence[:, after + image :] = text[:, after:]
         self._start[0] = start
         self.rewind()
-        return self.engine.call("prefill", self._sequence, self._start)
+        if self._grid is None:
+            return self.engine.call("prefill", self._sequence, self._start)
+        # Which tokens were kept is told where some were dropped.
+        places = kept[0][0] if kept else None
+        positions = prompt_positions(self._grid, slots=self._prompt, first=after, kept=places)
+        return self.engine.call("prefill", self._sequence, self._start, positions)
 
     def rewind(self) -> None:
         self._position[0] = self._prompt

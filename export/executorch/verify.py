@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from export.bundle import Bundle, Golden, Verification, largest
 from export.executorch.runner import StockRunner, open_runner
 from export.graph import EXECUTORCH, LanguageModel, Prefill, VisionEncoder
 from export.graph.select import watch_cuts
-from export.reference import Source, compact_embeddings
+from export.reference import prefill_inputs
+from export.source import Source
 
 # fp32 programs of the same function differ by rounding alone.
 TOLERANCE = 1e-4
@@ -50,7 +50,7 @@ def verify(folder: Path, golden: Golden, source: Source, *, progress: Callable[[
     bundle = Bundle.open(folder)
     runner = open_runner(bundle)
     stock = StockRunner(bundle) if bundle.manifest.profile == "stock" else None
-    conditioning = _Conditioning(source)
+    judgements = judge(source, golden)
     errors: dict[bool, list[float]] = {False: [], True: []}
     features_errors: list[float] = []
     matched = ambiguous = stock_matched = stock_skipped = 0
@@ -64,7 +64,7 @@ def verify(folder: Path, golden: Golden, source: Source, *, progress: Callable[[
         # The logits after the last common token still come from the same inputs.
         count = min(agree + 1, len(answer.logits), len(expected))
         error = (torch.cat(answer.logits[:count]) - golden.logits[index][:count]).abs().max().item()
-        gap, rounding = conditioning(pixels, question)
+        gap, rounding = judgements[index]
         unclear = gap < AMBIGUOUS_GAP or rounding > AMBIGUOUS_ROUNDING
         ambiguous += unclear
         errors[unclear].append(error)
@@ -122,27 +122,37 @@ def _failures(result: Verification, wrong: list[str]) -> list[str]:
     return found
 
 
-class _Conditioning:
-    """How much of a request's outcome is left to rounding, found by running the lowered modules eagerly."""
+@torch.no_grad()
+def judge(source: Source, golden: Golden) -> list[tuple[float, float]]:
+    """How much of each request's outcome is left to rounding, found by running the lowered modules eagerly.
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.vision = VisionEncoder(source.model, source.tokens["vision"], EXECUTORCH)
-        self.prefill = Prefill(LanguageModel(source.model, source.tokens["language"], new_tokens=1, options=EXECUTORCH))
-        self.exact_vision = copy.deepcopy(self.vision).double()
-        self.exact_prefill = copy.deepcopy(self.prefill).double()
+    Returns:
+        per request the smallest distance between a kept and a dropped token's score over all drops (infinite without
+        drops), and the largest difference between the first token's logits in fp32 and in fp64.
+    """
+    vision = VisionEncoder(source.model, source.tokens["vision"], EXECUTORCH, size=source.image_size)
+    language = LanguageModel(
+        source.model, source.tokens["language"], new_tokens=1, options=EXECUTORCH, grid=source.grid
+    )
+    prefill = Prefill(language)
+    gaps, logits = [], []
 
-    @torch.no_grad()
-    def __call__(self, pixel_values: torch.Tensor, question: str) -> tuple[float, float]:
-        """Smallest distance between a kept and a dropped token's score over all drops (infinite without drops), and
-        the largest difference between the logits in fp32 and in fp64."""
-        with watch_cuts(self.vision, self.prefill) as gaps:
-            embeddings, start = compact_embeddings(self.source, question, self.vision(pixel_values)[0])
-            logits = self.prefill(embeddings, torch.tensor([start]))
-        features = self.exact_vision(pixel_values.double())[0]
-        embeddings, start = compact_embeddings(self.source, question, features)
-        exact = self.exact_prefill(embeddings.double(), torch.tensor([start]))
-        return min(gaps, default=float("inf")), (logits - exact).abs().max().item()
+    def run(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        for index, question in enumerate(golden.questions):
+            output = vision(golden.pixel_values[index : index + 1].to(dtype))
+            features, kept = (output[0][0], output[1][0]) if vision.says_kept else (output[0], None)
+            embeddings, *others = prefill_inputs(source, question, features, kept)
+            yield prefill(embeddings.to(dtype), *others)
+
+    with watch_cuts(vision, prefill) as cuts:
+        for found in run(torch.float32):
+            logits.append(found)
+            gaps.append(min(cuts, default=float("inf")))
+            cuts.clear()
+    # In turns, so that a large model is not held in both: its values are the same in either.
+    vision.double(), prefill.double()
+    differences = [(a - b).abs().max().item() for a, b in zip(logits, run(torch.float64), strict=True)]
+    return list(zip(gaps, differences, strict=True))
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ compute the same function (`tests/export/test_graph*.py` hold them to 1e-5 of th
 from export.graph.language import Decode, LanguageModel, Prefill, TokenEmbedding
 from export.graph.options import COREML, EXECUTORCH, GraphOptions
 from export.graph.stock import TextDecoder
-from export.graph.vision import VisionEncoder
+from export.graph.vision import Tower, VisionEncoder
 
 __all__ = [
     "COREML",
@@ -18,5 +18,6 @@ __all__ = [
     "Prefill",
     "TextDecoder",
     "TokenEmbedding",
+    "Tower",
     "VisionEncoder",
 ]

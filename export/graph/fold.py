@@ -14,35 +14,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comp_edge.errors import InputError
+from comp_edge.families.base import Projection
 
 QUICK_GELU = 1.702
 
 
 def folded_linear(
-    linear: nn.Linear,
+    linear: Projection,
     *,
-    input_scale: Tensor | None = None,
+    input_scale: Tensor | float | None = None,
     input_shift: Tensor | None = None,
-    output_scale: float = 1.0,
+    output_scale: Tensor | float = 1.0,
 ) -> nn.Linear:
     """A linear layer that computes `output_scale * linear(input_scale * x + input_shift)`.
 
+    Where there is nothing to fold it shares the memory of `linear`: large models are held once. So never change it in place.
+
     Args:
         input_scale, input_shift: [in features], the affine part of the norm before it.
+        output_scale: one number, or [out features], a LayerScale.
     """
-    weight = linear.weight.detach().double()
-    bias = None if linear.bias is None else linear.bias.detach().double()
-    if input_shift is not None:
-        shift = weight @ input_shift.detach().double()
-        bias = shift if bias is None else bias + shift
-    if input_scale is not None:
-        weight = weight * input_scale.detach().double()
-    result = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    with torch.no_grad():
-        result.weight.copy_(weight * output_scale)
-        if bias is not None:
-            result.bias.copy_(bias * output_scale)
-    return result.requires_grad_(False)
+    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    if input_scale is not None or input_shift is not None or isinstance(output_scale, Tensor) or output_scale != 1.0:
+        weight, bias = weight.double(), None if bias is None else bias.double()
+        if input_shift is not None:
+            shift = weight @ input_shift.detach().double()
+            bias = shift if bias is None else bias + shift
+        if input_scale is not None:
+            weight = weight * (input_scale.detach().double() if isinstance(input_scale, Tensor) else input_scale)
+        scale = output_scale.detach().double() if isinstance(output_scale, Tensor) else output_scale
+        weight = weight * (scale[:, None] if isinstance(scale, Tensor) else scale)
+        bias = None if bias is None else bias * scale
+    with torch.device("meta"):
+        result = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    result.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        result.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return result
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class ActivationForm:
 
     function: Callable[[Tensor], Tensor]
     inner: float = 1.0
+
+    @property
+    def outer(self) -> float | None:
+        """The input scale of the layer behind the activation; None for none."""
+        return None if self.inner == 1.0 else 1.0 / self.inner
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

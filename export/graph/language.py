@@ -4,6 +4,8 @@ Positions count the padded prompt: slot j of the sequence `[left pads][prompt he
 j, and the t-th generated token S + t. RoPE's scores depend on differences of positions only, so the pads shift nothing and the
 tables of the prompt are constants. Kept pads are the first entries of a layer's cache, so that the entry of position p is
 `p - (S - n_l)` for everything that is not dropped: one vector over positions gives every layer's mask as a slice.
+
+Where the image's tokens have positions in two dimensions (M-RoPE), `prefill` is told the prompt's (see `export.positions`).
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from torch import Tensor, nn
 
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
+from comp_edge.families.base import StreamView
 from export.graph.fold import folded_linear
 from export.graph.layers import Layer, Rotary, rotate_half_matrix
 from export.graph.norms import Normalize, NormParts
 from export.graph.options import GraphOptions
 from export.graph.select import TokenDrops, attention_scores, tail
+from export.positions import ImageGrid
 
 # RoPE types whose angle is position times a constant frequency.
 LINEAR_ROPE = ("default", "linear", "llama3", "yarn")
@@ -30,9 +34,10 @@ class LanguageModel(nn.Module):
     """Weights, tables and caches that `Prefill` and `Decode` share.
 
     Args:
-        model: a LLaVA whose layers are already shrunk.
+        model: a generative model whose layers are already shrunk.
         tokens: the plan's language schedule; `tokens[0]` is the length S of the padded prompt.
         new_tokens: how many tokens can be generated after a prompt.
+        grid: the image in the prompt, where its tokens have positions in two dimensions.
 
     Raises:
         InputError: the model or the schedule has no form here.
@@ -42,22 +47,33 @@ class LanguageModel(nn.Module):
         laid out as the matmuls read it; none for a layer without attention.
     """
 
-    def __init__(self, model: Any, tokens: Sequence[int], *, new_tokens: int, options: GraphOptions) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokens: Sequence[int],
+        *,
+        new_tokens: int,
+        options: GraphOptions,
+        grid: ImageGrid | None = None,
+    ) -> None:
         super().__init__()
-        stream, decoder = family_of(model).streams(model)["language"], model.model.language_model
+        family = family_of(model)
+        stream, config = family.streams(model)["language"], family.stream_config(model, "language")
         if len(tokens) != len(stream.layers):
             raise InputError(
                 f"the plan's language schedule has {len(tokens)} entries for a model of {len(stream.layers)} layers."
             )
-        self.options = options
+        if family.absolute_positions and grid is None:
+            raise InputError(f"model type {family.model_type!r} needs to know the image's positions in the prompt.")
+        self.options, self.grid = options, grid
         self.tokens = tuple(tokens)
         self.prompt, self.capacity = tokens[0], tokens[0] + new_tokens
-        limit = model.config.text_config.max_position_embeddings
-        if self.capacity > limit:
+        if self.capacity > config.max_position_embeddings:
             raise InputError(
                 f"a prompt of {self.prompt} tokens and {new_tokens} new tokens need {self.capacity} positions; the model "
-                f"has {limit}."
+                f"has {config.max_position_embeddings}."
             )
+        _check_attention(stream, self.capacity)
         self.layers = nn.ModuleList(Layer(view, options) for view in stream.layers)
         attending = [layer.attention is not None for layer in self.layers]
         # Only the last row is read after the last attention, and the last token survives every drop.
@@ -71,23 +87,37 @@ class LanguageModel(nn.Module):
                 length = tokens[i] + new_tokens
                 self.register_buffer(f"keys_{i}", torch.zeros(attention.groups, attention.head_dim, length))
                 self.register_buffer(f"values_{i}", torch.zeros(attention.groups, length, attention.head_dim))
-        self.embedding = nn.Embedding.from_pretrained(decoder.embed_tokens.weight.detach().clone())
-        parts = NormParts.of(decoder.norm)
+        self.embedding = _embedding(model)
+        parts = NormParts.of(stream.root.norm)
         self.normalize = Normalize(parts, options)
-        self.head = folded_linear(model.lm_head, input_scale=parts.weight, input_shift=parts.bias)
-        self._rotary_tables(model)
+        self.head = folded_linear(model.get_output_embeddings(), input_scale=parts.weight, input_shift=parts.bias)
+        self._rotary_tables(stream.root.rotary_emb)
         self._position_tables()
 
-    def _rotary_tables(self, model: Any) -> None:
-        rotary = model.model.language_model.rotary_emb
+    def _rotary_tables(self, rotary: Any) -> None:
+        """Rows of cosines and sines by position; one table, so that a drop or a decode step gathers once.
+
+        With an image grid, also one where each of the three positions has the channels that it turns and zeros elsewhere.
+        """
         if rotary.rope_type not in LINEAR_ROPE:
             raise InputError(f"rope type {rotary.rope_type!r} cannot be exported; supported: {', '.join(LINEAR_ROPE)}.")
-        with torch.no_grad():
-            cos, sin = rotary(torch.zeros(1), torch.arange(self.capacity)[None])
-        # One table, so that a drop or a decode step gathers once.
-        self.register_buffer("rotary", torch.cat([cos[0], sin[0]], -1).detach(), persistent=False)
-        self.head_dim = cos.shape[-1]
+        after = 0 if self.grid is None else self.grid.after
+        positions = torch.arange(self.capacity + after)[None]
+        table = _turns(rotary, positions if self.grid is None else positions.expand(3, 1, -1))
+        self.head_dim = table.shape[-1] // 2
+        self.register_buffer("rotary", table[after:].clone(), persistent=False)
         self.register_buffer("rotate", rotate_half_matrix(self.head_dim), persistent=False)
+        if self.grid is None:
+            return
+        axes = []
+        for axis in range(3):
+            # A channel that turns when this position alone moves on belongs to it.
+            one_step = torch.zeros(3, 1, 1, dtype=torch.long)
+            one_step[axis] = 1
+            turned = _turns(rotary, one_step)[0, self.head_dim :] != 0
+            axes.append(table * turned.repeat(2))
+        self.register_buffer("rotary_axes", torch.cat(axes), persistent=False)
+        self.register_buffer("axis_rows", torch.arange(3)[:, None] * len(table), persistent=False)
 
     def _position_tables(self) -> None:
         positions = torch.arange(self.capacity).float()[None, None]
@@ -113,9 +143,38 @@ class LanguageModel(nn.Module):
         cos, sin = table[:, : self.head_dim], table[:, self.head_dim :]
         return Rotary(cos.view(n, 1, self.head_dim), sin.view(n, 1, self.head_dim), self.rotate)
 
+    def prompt_table(self, positions: Tensor | None) -> Tensor:
+        """Rows [S, 2 * head_dim] for `rope`; `positions [3, S]` where the image has two dimensions."""
+        if positions is None:
+            return self.prompt_rotary
+        rows = torch.index_select(self.rotary_axes, 0, (positions + self.axis_rows).view(-1))
+        n = self.prompt
+        return rows[:n] + rows[n : 2 * n] + rows[2 * n :]
+
     def logits(self, x: Tensor) -> Tensor:
         """[1, 1, d] -> [1, vocabulary]"""
         return self.head(self.normalize(x)).view(1, -1)
+
+
+def _check_attention(stream: StreamView, capacity: int) -> None:
+    for index, view in enumerate(stream.layers):
+        window = None if view.attn is None else getattr(view.attn.module, "sliding_window", None)
+        if window is not None and window < capacity:
+            raise InputError(
+                f"language layer {index} attends to {window} tokens only; sliding windows shorter than prompt and answer "
+                f"({capacity}) cannot be exported."
+            )
+
+
+@torch.no_grad()
+def _turns(rotary: Any, positions: Tensor) -> Tensor:
+    """[n, 2 * head_dim], cosines and sines of positions [(3,) 1, n]."""
+    return torch.cat([part[0].float() for part in rotary(torch.zeros(1), positions)], -1)
+
+
+def _embedding(model: Any) -> nn.Embedding:
+    """The model's own table (in fp32), whose memory it shares."""
+    return nn.Embedding.from_pretrained(model.get_input_embeddings().weight.detach().float())
 
 
 class TokenEmbedding(nn.Module):
@@ -123,8 +182,7 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        weight = model.model.language_model.embed_tokens.weight
-        self.embedding = nn.Embedding.from_pretrained(weight.detach().clone())
+        self.embedding = _embedding(model)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.embedding(token_ids)
@@ -133,19 +191,20 @@ class TokenEmbedding(nn.Module):
 class Prefill(nn.Module):
     """`inputs_embeds [1, S, d]`, `start [1]` (int64: left pads) -> `logits [1, vocabulary]` of the next token.
 
-    Fills the caches; what was in them before is gone.
+    Fills the caches; what was in them before is gone. Where the image has two dimensions, the third input is `positions
+    [3, S]`, see `export.positions`.
     """
 
     def __init__(self, language: LanguageModel) -> None:
         super().__init__()
         self.language = language
 
-    def forward(self, inputs_embeds: Tensor, start: Tensor) -> Tensor:
+    def forward(self, inputs_embeds: Tensor, start: Tensor, positions: Tensor | None = None) -> Tensor:
         lm = self.language
         # Comparing integers would leave XNNPACK: 1 where a position is a pad, by clamping a difference of floats.
         pads = torch.clamp(start.to(inputs_embeds.dtype) - lm.prompt_positions, 0.0, 1.0)
         valid, padding = lm.one - pads, pads * lm.mask
-        x, table, scores, penalty = inputs_embeds, lm.prompt_rotary, None, None
+        x, table, scores, penalty = inputs_embeds, lm.prompt_table(positions), None, None
         for index, layer in enumerate(lm.layers):
             if lm.drops.drops_before(index):
                 scores, (x, table) = lm.drops(index, scores, x, table)
@@ -168,9 +227,11 @@ class Prefill(nn.Module):
                     penalty = tail(padding, n)
                 added, probabilities = layer.attention.attend(layer.attention.queries(normal, rotary), k, v, penalty)
                 if lm.drops.wants_scores(index):
-                    count = tail(valid, n)
+                    count, heads = tail(valid, n), layer.attention.heads
                     # Pads score 0; one less puts them below any token whose probabilities underflow.
-                    scores = attention_scores(probabilities, count) - (lm.one - count).view(1, n)
+                    scores = attention_scores(probabilities.reshape(heads, 1, n, n), count) - (lm.one - count).view(
+                        1, n
+                    )
                 x = x + added
             else:
                 x = layer.without_attention(x)

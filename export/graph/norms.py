@@ -59,15 +59,21 @@ class Normalize(nn.Module):
 
 
 class AffineNorm(nn.Module):
-    """A whole norm, where no linear layer follows that could take the affine part."""
+    """A whole norm, where no linear layer follows that could take the affine part.
 
-    def __init__(self, module: nn.Module, options: GraphOptions) -> None:
+    Args:
+        scale: what its output is multiplied by.
+    """
+
+    def __init__(self, module: nn.Module, options: GraphOptions, *, scale: float = 1.0) -> None:
         super().__init__()
         parts = NormParts.of(module)
+        self.width = parts.weight.shape[0]
         self.normalize = Normalize(parts, options)
-        self.register_buffer("weight", parts.weight.detach().clone(), persistent=False)
-        bias = torch.zeros_like(parts.weight) if parts.bias is None else parts.bias
-        self.register_buffer("bias", bias.detach().clone(), persistent=False)
+        self.register_buffer("weight", (parts.weight.detach() * scale).float().clone(), persistent=False)
+        bias = None if parts.bias is None else (parts.bias.detach() * scale).float().clone()
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x) * self.weight + self.bias
+        x = self.normalize(x) * self.weight
+        return x if self.bias is None else x + self.bias

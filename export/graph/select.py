@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from comp_edge.errors import InputError
+from comp_edge.families.base import Protected
 from export.graph.options import GraphOptions
 
 
@@ -20,17 +20,16 @@ def attention_scores(probabilities: Tensor, queries: Tensor) -> Tensor:
     matmul with the vector of rows that count.
 
     Args:
-        probabilities: [groups, heads of a group, n, n] softmax probabilities.
-        queries: [1, 1, n], 1 for each row that counts.
+        probabilities: [heads, windows, n, m] softmax probabilities; one window where every query sees every key.
+        queries: [windows, 1, n], 1 for each row that counts.
 
     Returns:
-        [1, n]
+        [1, windows * m]
     """
-    probabilities = probabilities.reshape(-1, *probabilities.shape[2:])
     strongest = probabilities[0:1]
     for head in range(1, probabilities.shape[0]):
         strongest = torch.maximum(strongest, probabilities[head : head + 1])
-    return torch.bmm(queries, strongest).view(1, -1)
+    return torch.bmm(queries, strongest.view(probabilities.shape[1:])).view(1, -1)
 
 
 def tail(vector: Tensor, count: int) -> Tensor:
@@ -43,14 +42,18 @@ class Select(nn.Module):
 
     Buffers:
         protection: [1, tokens], what protected tokens get on top.
+
+    Args:
+        protected: the token that always survives; None for none.
     """
 
-    def __init__(self, *, tokens: int, keep: int, protected: int, options: GraphOptions) -> None:
+    def __init__(self, *, tokens: int, keep: int, protected: int | None, options: GraphOptions) -> None:
         super().__init__()
         self.keep = keep
         self.form = options.selection
         protection = torch.zeros(1, tokens)
-        protection[0, protected] = options.protect
+        if protected is not None:
+            protection[0, protected] = options.protect
         self.register_buffer("protection", protection, persistent=False)
         if self.form == "rank":
             lower = torch.ones(tokens, tokens).tril(-1)
@@ -96,7 +99,8 @@ class TokenDrops(nn.Module):
 
     Args:
         attending: per layer, whether it has attention.
-        protected: the token that always survives.
+        protected: the token that always survives (see `comp_edge.families.base.Protected`).
+        handed: the scores after the last layer are wanted, too: what is behind it drops by them.
 
     Raises:
         InputError: tokens are dropped before any layer has attention.
@@ -108,11 +112,13 @@ class TokenDrops(nn.Module):
         attending: Sequence[bool],
         *,
         stream: str,
-        protected: Literal["first", "last"],
+        protected: Protected,
         options: GraphOptions,
+        handed: bool = False,
     ) -> None:
         super().__init__()
         drops = [layer for layer in range(1, len(tokens)) if tokens[layer] < tokens[layer - 1]]
+        drops += [len(tokens)] if handed else []
         self.sources: set[int] = set()
         self.carried: set[int] = set()
         self.selects = nn.ModuleDict()
@@ -125,10 +131,11 @@ class TokenDrops(nn.Module):
                 )
             self.sources.add(before[-1])
             self.carried.update(earlier for earlier in drops if before[-1] < earlier < layer)
-            position = 0 if protected == "first" else tokens[layer - 1] - 1
-            self.selects[str(layer)] = Select(
-                tokens=tokens[layer - 1], keep=tokens[layer], protected=position, options=options
-            )
+            if layer < len(tokens):
+                place = {"first": 0, "none": None}.get(protected, tokens[layer - 1] - 1)
+                self.selects[str(layer)] = Select(
+                    tokens=tokens[layer - 1], keep=tokens[layer], protected=place, options=options
+                )
 
     def wants_scores(self, layer: int) -> bool:
         """Whether a drop will rank by this layer's attention."""

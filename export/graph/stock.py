@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comp_edge.errors import InputError
+from comp_edge.families import family_of
 from export.graph.language import LanguageModel
 from export.graph.options import GraphOptions
 
@@ -19,11 +21,16 @@ class TextDecoder(nn.Module):
 
     Args:
         context: positions that the cache holds.
+
+    Raises:
+        InputError: the model's positions are more than the runner can tell.
     """
 
     def __init__(self, model: Any, *, context: int, options: GraphOptions) -> None:
         super().__init__()
-        layers = len(model.model.language_model.layers)
+        if reason := stock_obstacle(model):
+            raise InputError(f"{reason}; use profile 'scheduled'.")
+        layers = len(family_of(model).streams(model)["language"].layers)
         # One cache of `context` entries per layer, whichever part of it is prompt.
         self.language = LanguageModel(model, (context,) * layers, new_tokens=0, options=options)
         self.context = context
@@ -64,3 +71,14 @@ class TextDecoder(nn.Module):
                 x = layer.without_attention(x)
             x = layer.feed_forward(x)
         return lm.logits(x)
+
+
+def stock_obstacle(model: Any) -> str | None:
+    """Why ExecuTorch's runner cannot drive a model, as the beginning of a sentence; None where it can."""
+    family = family_of(model)
+    if not family.absolute_positions:
+        return None
+    return (
+        f"model type {family.model_type!r} has no profile 'stock': ExecuTorch's runner gives each token one position, and its "
+        "image tokens have two"
+    )

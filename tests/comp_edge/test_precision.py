@@ -34,6 +34,15 @@ def test_what_is_not_a_half_is_left_alone() -> None:
         assert torch.equal(torch.nn.functional.linear(x, x), x @ x.T)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_weight_goes_in_parts(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = torch.nn.Linear(7, 50, bias=bias).bfloat16(), torch.randn(2, 3, 7).bfloat16()
+    with Fp32Products():
+        whole = layer(x)
+        monkeypatch.setattr("comp_edge.precision.LARGEST", 64)
+        assert torch.equal(layer(x), whole)
+
+
 def test_only_where_the_processor_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Linear(2, 2)
     monkeypatch.setattr("comp_edge.precision.CPU_INFO", tmp_path / "cpuinfo")

@@ -96,6 +96,24 @@ def test_round_trip(bundle):
     assert {"python", "torch", "executorch"} <= set(opened.manifest.toolchain)
 
 
+def test_manifests_from_before_there_were_encoders(bundle):
+    """Entries were added to schema 1: what was valid stays valid."""
+    edit(bundle, lambda value: (value.pop("text"), value.pop("answer")))
+    value = json.loads((bundle / MANIFEST_FILE).read_text())
+    jsonschema.validate(value, json.loads(SCHEMA_FILE.read_text()))
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.prompt.image_tokens == 4 and manifest.text is None and manifest.answer is None
+
+
+def test_a_request_is_tokenized_in_one_way(bundle):
+    text = {"max_tokens": 8, "prefix": [1], "suffix": [2], "pad_token_id": 0}
+    edit(bundle, lambda value: value.update(text=text))
+    with pytest.raises(BundleError, match="exactly one of 'prompt' and 'text'"):
+        Bundle.open(bundle)
+    edit(bundle, lambda value: value.update(prompt=None))
+    assert Bundle.open(bundle).manifest.text.padding == "right"
+
+
 def test_golden_round_trip(tmp_path):
     before = golden()
     write_golden(tmp_path / "g.safetensors", before)

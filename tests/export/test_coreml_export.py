@@ -19,7 +19,8 @@ from export.coreml.engine import MilEngine
 from export.coreml.functions import build_modules
 from export.executorch.runner import ScheduledRunner
 from export.mil import Interpreter, Package, interpreter
-from export.reference import Source, load_source, reference, synthetic_requests
+from export.reference import reference, synthetic_requests
+from export.source import Source, load_source
 from runtime_tests.__main__ import main as runtime_tests
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def flip_weight(folders):
 
     def flip(package: Path) -> None:
         part, precision = package.stem.split("_")
-        layer = modules.language.head if part == "language" else modules.by_method["vision_encoder"].project_out
+        layer = modules.language.head if part == "language" else modules.vision.connector.project_out
         weights = layer.weight.detach().to(torch.float16 if precision == "fp16" else torch.float32)[:2]
         data = bytearray((package / WEIGHTS).read_bytes())
         at = data.find(weights.numpy().tobytes())

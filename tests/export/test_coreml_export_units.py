@@ -22,7 +22,8 @@ from export.coreml.swift import swift_example
 from export.coreml.verify import Comparison, KeptSets, _failures, _too_large
 from export.executorch.runner import Generation
 from export.mil import OpRecord, Trace
-from export.reference import load_source, prompt_spec
+from export.reference import prompt_spec
+from export.source import load_source
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from export.bundle import Delegation
 from export.executorch.__main__ import main
 from export.executorch.lower import delegation_warnings
-from export.reference import load_source, read_requests, synthetic_requests
+from export.reference import read_requests, synthetic_requests
+from export.source import load_source
 
 
 def golden_file(path, *, shape=(2, 3, 64, 64), questions=("a", "b")):

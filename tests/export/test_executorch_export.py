@@ -12,7 +12,8 @@ from export.executorch import build
 from export.executorch.__main__ import main
 from export.executorch.lower import Lowered
 from export.executorch.runner import ScheduledRunner, SegmentRunner, StockRunner, open_runner
-from export.reference import load_source, reference, synthetic_requests, without_language_drops
+from export.reference import reference, synthetic_requests
+from export.source import load_source, without_language_drops
 
 pytestmark = pytest.mark.slow
 

@@ -68,8 +68,8 @@ def test_unsupported_configurations_are_refused(case):
 
     one = case("dense")
     model = copy.deepcopy(one.model)
-    model.config.vision_feature_select_strategy = "full"
-    with pytest.raises(InputError, match="'full'"):
+    model.config.vision_feature_layer = [-2, -1]
+    with pytest.raises(InputError, match=r"\[-2, -1\]"):
         VisionEncoder(model, one.tokens["vision"], EXECUTORCH)
     model = copy.deepcopy(one.model)
     model.model.language_model.rotary_emb.rope_type = "dynamic"

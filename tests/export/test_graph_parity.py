@@ -58,7 +58,7 @@ def test_an_earlier_feature_layer(case):
     one = case("dense", feature_layer=-2)
     expected = torch.stack(list(one.model.model.get_image_features(images(1)).pooler_output))
     encoder = VisionEncoder(one.model, one.tokens["vision"], EXECUTORCH)
-    assert len(encoder.layers) == 3
+    assert len(encoder.tower.layers) == 3
     assert relative(encoder(images(1)), expected) <= TOLERANCE
 
 

@@ -39,10 +39,11 @@ def test_rank_breaks_ties_by_position():
 
 
 def test_scores_are_sums_of_maxima_over_heads():
-    probabilities = torch.rand(2, 3, 5, 5).softmax(-1)
-    queries = torch.tensor([0.0, 1, 1, 0, 1])
-    expected = (probabilities.flatten(0, 1).amax(0) * queries[:, None]).sum(0)
-    assert torch.allclose(attention_scores(probabilities, queries[None, None])[0], expected, atol=1e-6)
+    # Six heads, two windows of five tokens each.
+    probabilities = torch.rand(6, 2, 5, 5).softmax(-1)
+    queries = torch.tensor([[0.0, 1, 1, 0, 1], [1, 1, 1, 1, 0]])
+    expected = (probabilities.amax(0) * queries[..., None]).sum(1).flatten()
+    assert torch.allclose(attention_scores(probabilities, queries[:, None])[0], expected, atol=1e-6)
 
 
 def test_a_drop_without_attention_before_it_is_an_error():
