@@ -80,9 +80,11 @@ def attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
         )
         return output.transpose(1, 2).contiguous(), None
-    logits = query @ key.transpose(-1, -2) * scaling
+    # In place: the products of all heads are the largest tensors of a layer.
+    logits = query @ key.transpose(-1, -2)
+    logits *= scaling
     if attention_mask is not None:
-        logits = logits + attention_mask
+        logits += attention_mask
     probabilities = logits.float().softmax(-1).to(query.dtype)
     context.note(probabilities)
     output = F.dropout(probabilities, dropout, module.training) @ value

@@ -95,7 +95,7 @@ def wanda(weight: Tensor, energy: Tensor) -> Tensor:
     Returns:
         [c]
     """
-    return weight.detach().float().abs().mean(0) * energy.clamp(min=0).sqrt()
+    return weight.detach().abs().mean(0, dtype=torch.float32) * energy.clamp(min=0).sqrt()
 
 
 def per_unit(channels: Tensor, unit_size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def reset_peak() -> None:
     """Let `peak_bytes` begin anew, where the kernel allows it."""
     with suppress(OSError):
         _RESET.write_text("5")
+
+
+def collect_garbage() -> None:
+    """Free what nothing refers to any more, and give it back to the kernel where the C library is glibc."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def return_memory_at_once() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 HALVES = (torch.bfloat16, torch.float16)
-LARGEST = 1 << 24  # elements of a weight that are converted at once: 64 MiB in fp32
+LARGEST = 1 << 22  # elements of a weight that are converted at once: 16 MiB in fp32
 CPU_INFO = Path("/proc/cpuinfo")
 FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "fphp"}  # x86's, then Arm's
 PRODUCTS = (

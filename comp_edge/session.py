@@ -22,7 +22,7 @@ from comp_edge.errors import InputError
 from comp_edge.families import family_of
 from comp_edge.files import check_writable, whole_folder, write_json, write_text
 from comp_edge.masks import UnitMasks
-from comp_edge.memory import peak_bytes, reset_peak, return_memory_at_once
+from comp_edge.memory import collect_garbage, peak_bytes, reset_peak, return_memory_at_once
 from comp_edge.optim import Optimizer, load_state, save_state, use_muon, warmup_cosine, with_prefix
 from comp_edge.plan import CostRecord, Plan, plan_of
 from comp_edge.proposals import Limits, Proposer
@@ -162,6 +162,8 @@ class Session:
 
     def _run_stage(self, cost: float) -> float:
         started = time.perf_counter()
+        if not self.config.trains:
+            collect_garbage()
         reset_peak()
         goal = min((1 - self.target) / self.config.stages, cost - self.target)
         self.model.eval()

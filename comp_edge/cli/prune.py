@@ -71,7 +71,6 @@ def run(arguments: Any) -> None:
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable
     from comp_edge.pruning import prune
-    from comp_edge.report import write_report
     from comp_edge.settings import PruneConfig
     from comp_edge.strategy import STRATEGIES
     from comp_edge.tasks import load_task, task_class
@@ -117,6 +116,8 @@ def run(arguments: Any) -> None:
             evaluate=not arguments.no_eval,
             on_progress=on_progress,
         )
+    from comp_edge.report import write_report  # brings matplotlib, whose memory a large model may need
+
     write_report(arguments.out, task=arguments.task)
     metrics = result.metrics
     if arguments.json:
