@@ -114,7 +114,7 @@ def _print_load(results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="loading, every weight touched (ratios: pruned / dense)")
+    table = Table(title="loading, every weight touched (ratios: pruned / dense, per byte of weights)")
     for column in ("model", "parameters", "dense", "pruned", "time", "memory"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in results:

@@ -272,11 +272,12 @@ class StockRunner:
         """Whether the runner answers with the text of the `expected` tokens (it delivers text, not tokens).
 
         None where that cannot be told: an expected token is part of a character, which the Python binding cannot
-        deliver.
+        deliver, or none of the tokenizer's, as a model with a larger vocabulary may generate it.
         """
         ends = {tokenizer.id_to_token(token) for token in self.bundle.manifest.prompt.eos_token_ids}
         pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in expected]
-        if any("\ufffd" in piece for piece in pieces):
+        unknown = any(tokenizer.id_to_token(token) is None for token in expected)
+        if unknown or any("\ufffd" in piece for piece in pieces):
             return None
         try:
             got = self.generate(pixel_values, question)
