@@ -70,6 +70,8 @@ def test_the_stock_runner(bundles):
         for i, question in enumerate(golden.questions)
     ]
     assert False not in seen
+    # A token that the tokenizer does not know has no text to compare.
+    assert stock.matches(golden.pixel_values[0], golden.questions[0], [10**6], runner.tokenizer) is None
 
 
 def test_runners_refuse_what_they_cannot_run(bundles):
