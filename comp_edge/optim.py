@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from comp_edge.errors import InputError
+from comp_edge.muon import Muon
 
 MUON_LIMIT = 50_000_000  # parameters
 
@@ -49,9 +50,7 @@ class Optimizer:
         self.parameters = matrices + others
         self._optimizers: list[tuple[torch.optim.Optimizer, float]] = []
         if matrices:
-            orthogonal = torch.optim.Muon(
-                matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            orthogonal = Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             self._optimizers.append((orthogonal, matrix_lr))
         if others:
             adam = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
