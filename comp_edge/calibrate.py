@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,13 +17,29 @@ from comp_edge.tasks.packing import model_inputs
 from comp_edge.units import Site
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The first `count` training batches of a seed, drawn anew whenever they are gone through: none is kept."""
+
+    task: Any
+    seed: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return islice(self.task.train_batches(self.seed), self.count)
+
+
 @dataclass
 class TokenStatistics:
     """Normalised token importance of each layer, over the calibration set.
 
     Attributes:
         scores: per (stream, layer), sorted descending per example: a list of [b, n] (invalid tokens 0). The entry after
-            the last layer is of what a connector makes of them.
+            the last layer is of what a connector makes of them. They grow with the calibration set, by one number a
+            token and layer, which is a thousandth of its activations.
     """
 
     scores: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
@@ -47,7 +64,9 @@ class Collector:
     """Listens to forward passes: input energies of all output projections (CIP or plain), and token importance.
 
     The feed-forward of layer l is weighted by the token importance of layer l + 1, attention by that of layer l
-    (DESIGN section 5), so the input of at most two projections a stream waits for its weights at any time.
+    (DESIGN section 5). A layer's importance is known when the next one begins, so that the inputs of at most three
+    projections a stream wait for their weights at any time, and one more where cross-attention lies between its layers.
+    Besides them only sums are kept, and in `TokenStatistics` one number a token and layer.
 
     Args:
         cip: weigh tokens; plain structured Wanda otherwise.
@@ -103,7 +122,12 @@ class Collector:
             self.energy[waiting.site] = self.energy.get(waiting.site, 0) + energy
 
     def wanda(self) -> dict[Site, Tensor]:
-        """Structured Wanda (CIP where asked for) of every unit, [units] per site."""
+        """Structured Wanda (CIP where asked for) of every unit, [units] per site.
+
+        Raises:
+            FloatingPointError: an activation was not finite.
+        """
+        _check_finite(self.energy, "activations")
         return {
             site: per_unit(wanda(self.masks.sink(site).weight, energy), self.masks.unit_sizes[site])
             for site, energy in self.energy.items()
@@ -134,10 +158,16 @@ def collect(
     return collector
 
 
-def taylor_scores(model: Any, task: Any, masks: UnitMasks, batches: Iterable[dict[str, Tensor]]) -> dict[Site, Tensor]:
-    """First-order Taylor importance of every unit: summed squares of the loss gradient by its mask, [units] per site.
+def gradient_scores(
+    model: Any, task: Any, masks: UnitMasks, batches: Iterable[dict[str, Tensor]], *, power: int
+) -> dict[Site, Tensor]:
+    """Importance of every unit by the gradient g of the loss by its mask, summed over batches, [units] per site.
 
-    With a mask at 1, removing its unit changes the loss by about minus that gradient; the square is the expected size.
+    With a mask at 1, removing its unit changes the loss by about -g. `power` 1 sums |g|, first-order Taylor importance;
+    2 sums g^2, the diagonal of the empirical Fisher information (the finer the batches, the closer).
+
+    Raises:
+        FloatingPointError: a gradient is not finite.
     """
     current = dict(masks.masks)
     leaves = {site: mask.detach().clone().requires_grad_(True) for site, mask in current.items()}
@@ -148,7 +178,16 @@ def taylor_scores(model: Any, task: Any, masks: UnitMasks, batches: Iterable[dic
             gradients = torch.autograd.grad(task.loss(model, batch), list(leaves.values()), allow_unused=True)
             for site, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    total[site] += gradient.detach() ** 2
+                    total[site] += gradient.detach().abs() ** power
     finally:
         masks.masks = current
+    _check_finite(total, "gradients")
     return total
+
+
+def _check_finite(found: Mapping[Site, Tensor], what: str) -> None:
+    for site, value in found.items():
+        if not bool(value.isfinite().all()):
+            raise FloatingPointError(
+                f"{what} at the {site.kind} of layer {site.layer} in stream {site.stream!r} are not finite"
+            )

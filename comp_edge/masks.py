@@ -39,7 +39,8 @@ class UnitMasks:
             mask = self.masks.get(site)
             if mask is None:
                 return None
-            return (args[0] * mask.to(args[0].dtype).repeat_interleave(self.unit_sizes[site]), *args[1:])
+            # Repeated before it is rounded: gradients of a unit's channels are then added up in the mask's precision.
+            return (args[0] * mask.repeat_interleave(self.unit_sizes[site]).to(args[0].dtype), *args[1:])
 
         return multiply
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from comp_edge.errors import InputError
 from comp_edge.muon import Muon
+from comp_edge.parallel import ALONE, Processes
 
 MUON_LIMIT = 50_000_000  # parameters
 
@@ -65,14 +66,28 @@ class Optimizer:
         Raises:
             FloatingPointError: loss or gradient are not finite; the parameters are as they were.
         """
+        return self.step_in_parts([loss], factor=factor)
+
+    def step_in_parts(self, losses: Iterable[Tensor], *, factor: float, processes: Processes = ALONE) -> float:
+        """`step` on the sum of several losses, those of the other processes included.
+
+        Args:
+            losses: drawn one by one, each after the backward pass of the one before, so that a generator of them never
+                holds more than one graph.
+        """
         for optimizer, peak in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        loss.backward()
+        total = 0.0
+        for loss in losses:
+            loss.backward()
+            total += float(loss.detach())
+        processes.sum_gradients(self.parameters)
+        total = processes.sum(total)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, 1.0))
-        if not (math.isfinite(norm) and math.isfinite(float(loss.detach()))):
-            raise FloatingPointError(f"loss {float(loss.detach())} with gradient norm {norm} is not finite")
+        if not (math.isfinite(norm) and math.isfinite(total)):
+            raise FloatingPointError(f"loss {total} with gradient norm {norm} is not finite")
         for optimizer, _ in self._optimizers:
             optimizer.step()
         return norm

@@ -22,7 +22,7 @@ class Proposal:
     """One way to go on.
 
     Attributes:
-        mode: the mode it advances.
+        mode: the mode it advances; "params" or "tokens" where it advances those of several streams at once.
         action: which part of the mode ("all", "heads", "ffn", "from layer N" or "behind the connector").
         saving: cost saved, as a fraction of the dense cost.
     """
@@ -77,20 +77,21 @@ class Proposer:
         state: State,
         scores: Mapping[Site, Tensor],
         *,
-        stream: str,
+        streams: Sequence[str],
         kinds: Sequence[str] = ("heads", "ffn"),
         goal: float,
         per_cost: bool,
     ) -> Proposal | None:
-        """Remove the least important chunks of a stream until `goal` of the dense cost is saved.
+        """Remove the least important chunks of one or several streams until `goal` of the dense cost is saved.
 
         Args:
             scores: [units] importance per site.
+            streams: what shares one ranking.
             per_cost: rank by importance per cost saved (scores comparable across layers), else by importance relative to
                 the layer's mean.
         """
         new, before = state.copy(), self.price(state)
-        sites = [s for s in scores if s.stream == stream and s.kind in kinds and state.alive[s].any()]
+        sites = [s for s in scores if s.stream in streams and s.kind in kinds and state.alive[s].any()]
         ranking = {s: scores[s] if per_cost else relative_to_mean(scores[s], state.alive[s]) for s in sites}
         unit_costs = {s: self._unit_cost(state, s) if per_cost else 1.0 for s in sites}
 
@@ -109,7 +110,7 @@ class Proposer:
             saved = before - self.price(new)
         if saved <= 0:
             return None
-        return Proposal(f"{stream}_params", "all" if len(kinds) > 1 else kinds[0], new, saved)
+        return Proposal(_mode(streams, "params"), "all" if len(kinds) > 1 else kinds[0], new, saved)
 
     def _next(self, state: State, site: Site, scores: Tensor) -> Chunk | None:
         # The first layer's attention ranks tokens for all that follow: one chunk of it stays.
@@ -137,23 +138,23 @@ class Proposer:
     # ---- tokens
 
     def tokens_by_threshold(
-        self, state: State, statistics: TokenStatistics, *, stream: str, goal: float
+        self, state: State, statistics: TokenStatistics, *, streams: Sequence[str], goal: float
     ) -> Proposal | None:
-        """Lower the token counts of a whole stream by one global threshold on importance, until `goal` is saved.
+        """Lower the token counts of whole streams by one global threshold on importance, until `goal` is saved.
 
         A layer's count is the mean number of tokens that reach the threshold. What one layer loses is bounded, because a
         global threshold cascades: the few tokens that a layer keeps make everything after look unimportant.
         """
-        before, view = self.price(state), self.streams[stream]
+        before = self.price(state)
         low, high, best = 0.0, 4.0, None
         for _ in range(24):
             middle = (low + high) / 2
-            counts = list(state.tokens[stream])
-            for point in view.drop_points:
-                key = (stream, point if point == len(view.layers) else point - 1)
-                reached = round(statistics.above(*key, middle)) if key in statistics.scores else 0
-                counts[point] = min(counts[point], max(reached, self._least(state, stream, point)))
-            new = self.with_tokens(state, stream, counts)
+            new = state
+            for stream in streams:
+                counts = self._reaching(state, statistics, stream, middle)
+                new = self.with_tokens(
+                    new, stream, [min(pair) for pair in zip(new.tokens[stream], counts, strict=True)]
+                )
             saved = before - self.price(new)
             if saved >= goal:
                 best, high = (new, saved), middle
@@ -162,7 +163,16 @@ class Proposer:
                 if best is None:
                     most = (new, saved)
         new, saved = best or most
-        return Proposal(f"{stream}_tokens", "all", new, saved) if saved > 0 else None
+        return Proposal(_mode(streams, "tokens"), "all", new, saved) if saved > 0 else None
+
+    def _reaching(self, state: State, statistics: TokenStatistics, stream: str, threshold: float) -> list[int]:
+        """Token counts of a stream's drop points by a threshold, within a stage's bounds."""
+        view, counts = self.streams[stream], list(state.tokens[stream])
+        for point in view.drop_points:
+            key = (stream, point if point == len(view.layers) else point - 1)
+            reached = round(statistics.above(*key, threshold)) if key in statistics.scores else 0
+            counts[point] = min(counts[point], max(reached, self._least(state, stream, point)))
+        return counts
 
     def tokens_from_layer(self, state: State, *, stream: str, layer: int, goal: float) -> Proposal | None:
         """Lower the token counts from one drop point on, until `goal` is saved or its bound is reached."""
@@ -223,6 +233,11 @@ class Proposer:
                 if points:
                     new = self._cut(new, stream, points[0], self.limits.min_tokens)
         return self.price(new)
+
+
+def _mode(streams: Sequence[str], what: str) -> str:
+    """A mode, or what stages of several streams together are called: "params", "tokens"."""
+    return f"{streams[0]}_{what}" if len(streams) == 1 else what
 
 
 def _group_of(streams: Mapping[str, StreamView], site: Site) -> int:

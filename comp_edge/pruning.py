@@ -65,7 +65,7 @@ def prune(
     processor = processor if processor is not None else getattr(task, "processor", None)
     with nullcontext() if session.config.trains else fast_products(model):
         if resume:
-            session.resume()
+            session.resume(evaluate=evaluate)
         else:
             session.start(evaluate=evaluate)
         session.advance()

@@ -66,6 +66,8 @@ class _Flow:
 
 # Called as (stream, layer, scores [b, n], valid [b, n]).
 Observer = Callable[[str, int, Tensor, Tensor], None]
+# Called as (stream, layer, scores [b, n], valid [b, n]); gives scores [b, n] and how many tokens stay [b], or None.
+Decision = Callable[[str, int, Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
 @dataclass
@@ -77,6 +79,9 @@ class Schedule:
         head_masks: per (stream, layer), the [heads] mask that token importance sees; fading heads have values below 1.
         observe: called for each layer when set, and with the number of layers for what a connector hands on; makes every
             layer score.
+        decide: called before each drop when set: may give other scores to rank the tokens by, and how many of each example
+            stay, protected ones included. Where examples keep different numbers, the rest of their slots is padding, which
+            is the caller's to mask in streams whose layers get no mask.
     """
 
     model: Any
@@ -84,6 +89,7 @@ class Schedule:
     tokens: dict[str, tuple[int, ...]]
     head_masks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     observe: Observer | None = None
+    decide: Decision | None = None
     fusion: Fusion | None = None
     _flows: dict[str, _Flow] = field(default_factory=dict)
     _arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -226,16 +232,19 @@ class Schedule:
     def _drop(self, stream: StreamView, flow: _Flow, index: int, hidden: Tensor) -> Tensor:
         tokens = self.tokens[stream.name]
         keep = layer_width(flow.width, before=tokens[0], after=tokens[index], answers=flow.answers)
-        if keep >= hidden.shape[1]:
+        if self.decide is None and keep >= hidden.shape[1]:
             return hidden
         if flow.scores is None:
             raise RuntimeError(
                 f"stream {stream.name!r} drops tokens before layer {index}, but no layer before it has attention"
             )
         answers = ~flow.prompt & flow.valid
+        scores, goal = flow.scores, targets(flow.counts, before=tokens[0], after=tokens[index]) + answers.sum(1)
+        if self.decide is not None and (decision := self.decide(stream.name, index, scores, flow.valid)) is not None:
+            scores, goal = decision
+            keep = int(goal.max())
         protected = answers | (flow.positions() == flow.anchor[:, None])
-        ranking = flow.scores.float() * flow.valid + PROTECTED * protected
-        goal = targets(flow.counts, before=tokens[0], after=tokens[index]) + answers.sum(1)
+        ranking = scores.float() * flow.valid + PROTECTED * protected
         survivors = flow.valid & keep_within(ranking, goal)
         chosen = keep_tokens(ranking, keep=keep)
         flow.kept = chosen if flow.kept is None else flow.kept.gather(1, chosen)

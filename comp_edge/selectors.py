@@ -1,25 +1,27 @@
-"""How a stage's proposal is chosen: the paper's MPS on CIM, or the look-ahead probe. One class a strategy."""
+"""How a stage's proposal is chosen: in fixed turns, by the paper's MPS, or by the look-ahead probe."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from comp_edge.calibrate import Collector, collect, taylor_scores
+from comp_edge.calibrate import Collector, collect, gradient_scores
 from comp_edge.masks import UnitMasks
 from comp_edge.proposals import Proposal, Proposer
 from comp_edge.schedule import Schedule
 from comp_edge.settings import PruneConfig
 from comp_edge.state import State
-from comp_edge.strategy import MPS, prices_of
+from comp_edge.strategy import BASELINES, MPS, prices_of, turn
 from comp_edge.tasks.packing import examples, take_rows
 from comp_edge.units import KINDS, Site
 
+PARTS = 4  # gradients are summed per part of a batch: finer parts tell apart what a mean would cancel
 MOST_POINTS = 8  # of a stream's drop points that the probe tries: each costs a forward pass
 
 
@@ -64,6 +66,38 @@ class Selector(Protocol):
 
 
 @dataclass
+class FixedSelector:
+    """The baselines `params`, `tokens` and `joint`: parameters and tokens in turn, each of all streams at once.
+
+    Parameters of all streams share one ranking, and tokens of all streams one threshold, as methods for a single mode have
+    it; turns of five modes would wipe out the small streams first.
+    """
+
+    def select(
+        self, setting: Setting, state: State, *, goal: float, stage: int
+    ) -> tuple[Proposal | None, dict[str, Any]]:
+        """What the turn says, or the other kind when that cannot save any more."""
+        kinds = [kind for kind in ("params", "tokens") if any(mode.endswith(kind) for mode in setting.modes)]
+        importance = Importances(setting)
+        for kind in turn(kinds, stage):
+            streams = [mode.rsplit("_", 1)[0] for mode in setting.modes if mode.endswith(kind)]
+            proposal = propose(setting, state, kind, streams, importance, goal)
+            if proposal is not None:
+                return proposal, {"why": "in turn"}
+        return None, {}
+
+    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
+        """Nothing: turns are fixed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Nothing is remembered."""
+        return {}
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
+
+
+@dataclass
 class CompSelector:
     """CoMP as published: structured Wanda with CIM ranks, MPS chooses the mode."""
 
@@ -73,22 +107,17 @@ class CompSelector:
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
         """The mode that MPS chooses among those that can still save."""
-        statistics = collect_wanda(setting)
-        options = {mode: self._propose(setting, state, mode, statistics, goal) for mode in setting.modes}
-        proposals = {mode: proposal for mode, proposal in options.items() if proposal is not None}
+        importance = Importances(setting)
+        proposals = {}
+        for mode in setting.modes:
+            stream, kind = mode.rsplit("_", 1)
+            if (proposal := propose(setting, state, kind, [stream], importance, goal)) is not None:
+                proposals[mode] = proposal
         if not proposals:
             return None, {}
         rng = np.random.default_rng([setting.seed, stage])
         mode, why = self.mps.choose(list(proposals), stage=stage, rng=rng)
         return proposals[mode], {"why": why, "costs": dict(self.mps.costs)}
-
-    def _propose(
-        self, setting: Setting, state: State, mode: str, statistics: Collector, goal: float
-    ) -> Proposal | None:
-        stream, what = mode.rsplit("_", 1)
-        if what == "tokens":
-            return setting.proposer.tokens_by_threshold(state, statistics.tokens, stream=stream, goal=goal)
-        return setting.proposer.parameters(state, statistics.wanda(), stream=stream, goal=goal, per_cost=False)
 
     def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
         """Update the mode's history-weighted cost."""
@@ -114,7 +143,6 @@ class ProbeSelector:
     tried too: it costs a stage's training and gains nothing.)
     """
 
-    parts: int = 4  # gradients are squared per part of a batch: finer parts tell apart what a mean would cancel
     enough: float = 0.8  # a stage is full when it saves this share of its goal
     substantial: float = 0.3  # a stage that saves less than this share goes on, whatever the price
     nearly_free: float = 1.0  # price: rise of the loss, were the whole dense cost saved at this rate
@@ -123,7 +151,7 @@ class ProbeSelector:
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
         """The cheapest actions by looking ahead, until the goal is met."""
-        scores = self._scores(setting)
+        scores = Importances(setting).units
         actions = _actions(setting, state)
         options = {action: _propose(setting, state, action, scores, goal) for action in actions}
         usable = {action: proposal for action, proposal in options.items() if proposal is not None}
@@ -149,14 +177,6 @@ class ProbeSelector:
         chosen = replace(main, state=taken[-1].state, saving=saved)
         return chosen, {"why": "cheapest", "also": also, "costs": {usable[a].name: prices[a] for a in prices}}
 
-    def _scores(self, setting: Setting) -> dict[Site, Tensor]:
-        if setting.config.ranks_by == "taylor":
-            # Contrastive losses say nothing of a single example.
-            least = getattr(setting.task, "least_examples", 1)
-            parts = _parts(setting.calibration, self.parts, least=least)
-            return taylor_scores(setting.model, setting.task, setting.masks, parts)
-        return collect_wanda(setting).wanda()
-
     @torch.no_grad()
     def _loss(self, setting: Setting, old: State, new: State) -> float:
         apply_state(setting.masks, setting.schedule, old, new, fade=0.0, cit=setting.config.cit)
@@ -173,12 +193,42 @@ class ProbeSelector:
         """Nothing is remembered."""
 
 
-def collect_wanda(setting: Setting) -> Collector:
-    """Statistics of the calibration batches, for structured Wanda and token importance, as the config says."""
-    config = setting.config
-    return collect(
-        setting.model, setting.masks, setting.schedule, setting.calibration, cip=config.cip, norm=config.token_norm
-    )
+class Importances:
+    """What units and tokens matter by the calibration batches, as the config says; computed when asked for."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @cached_property
+    def listened(self) -> Collector:
+        """Statistics of forward passes: Wanda's, and token importance."""
+        config, s = self.setting.config, self.setting
+        return collect(s.model, s.masks, s.schedule, s.calibration, cip=config.cip, norm=config.token_norm)
+
+    @cached_property
+    def units(self) -> dict[Site, Tensor]:
+        """[units] per site."""
+        s = self.setting
+        if s.config.importance == "wanda":
+            return self.listened.wanda()
+        # Contrastive losses say nothing of a single example.
+        parts = cut(s.calibration, PARTS, least=getattr(s.task, "least_examples", 1))
+        return gradient_scores(s.model, s.task, s.masks, parts, power=1 if s.config.importance == "taylor" else 2)
+
+
+def propose(
+    setting: Setting, state: State, kind: str, streams: Sequence[str], importance: Importances, goal: float
+) -> Proposal | None:
+    """What a stage of parameters or tokens of these streams would do."""
+    if kind == "tokens":
+        return setting.proposer.tokens_by_threshold(state, importance.listened.tokens, streams=streams, goal=goal)
+    per_cost = comparable(setting)
+    return setting.proposer.parameters(state, importance.units, streams=streams, goal=goal, per_cost=per_cost)
+
+
+def comparable(setting: Setting) -> bool:
+    """Whether scores of different layers share a scale: gradients do, Wanda's do not."""
+    return setting.config.importance != "wanda"
 
 
 def spaced(points: Sequence[int], most: int) -> list[int]:
@@ -205,13 +255,14 @@ def _propose(
     stream = mode.rsplit("_", 1)[0]
     if isinstance(part, int):
         return setting.proposer.tokens_from_layer(state, stream=stream, layer=part, goal=goal)
-    # Wanda's scores of different layers have different scales.
-    per_cost = setting.config.ranks_by == "taylor"
-    return setting.proposer.parameters(state, scores, stream=stream, kinds=(part,), goal=goal, per_cost=per_cost)
+    options = {"streams": [stream], "kinds": (part,), "goal": goal, "per_cost": comparable(setting)}
+    return setting.proposer.parameters(state, scores, **options)
 
 
 def make_selector(strategy: str, config: PruneConfig) -> Selector:
     """The selector of a strategy named in `strategy.STRATEGIES`."""
+    if strategy in BASELINES:
+        return FixedSelector()
     return CompSelector(MPS(config.mps)) if strategy == "comp" else ProbeSelector()
 
 
@@ -233,7 +284,7 @@ def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *,
     }
 
 
-def _parts(batches: Sequence[dict[str, Tensor]], parts: int, *, least: int) -> Iterator[dict[str, Tensor]]:
+def cut(batches: Sequence[dict[str, Tensor]], parts: int, *, least: int) -> Iterator[dict[str, Tensor]]:
     """The batches cut by examples; one whose tensors disagree on how many it has stays whole."""
     for batch in batches:
         size = examples(batch)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,29 @@ import torch
 from torch import Tensor
 
 from comp_edge.budget import Budget
+from comp_edge.calibrate import Draws
 from comp_edge.card import write_card
 from comp_edge.checkpoint import write_model
 from comp_edge.cost import MacsCost
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
+from comp_edge.feasibility import (
+    NO_TRAINING,
+    NO_VALIDATION,
+    check_reachable,
+    check_score,
+    check_splits,
+    usable_modes,
+)
 from comp_edge.files import check_writable, whole_folder, write_json, write_text
 from comp_edge.masks import UnitMasks
-from comp_edge.memory import collect_garbage, peak_bytes, reset_peak, return_memory_at_once
+from comp_edge.memory import collect_garbage, peak_bytes, reset_peak, return_memory, return_memory_at_once
+from comp_edge.microbatches import check_divisible, micro_batches, unshared
 from comp_edge.optim import Optimizer, load_state, save_state, use_muon, warmup_cosine, with_prefix
+from comp_edge.parallel import launched
 from comp_edge.plan import CostRecord, Plan, plan_of
-from comp_edge.proposals import Limits, Proposer
+from comp_edge.proposals import Limits, Proposal, Proposer
+from comp_edge.recomputation import Recomputation
 from comp_edge.recovery import Distillation
 from comp_edge.schedule import attach
 from comp_edge.selectors import Setting, apply_state, make_selector
@@ -34,6 +48,7 @@ from comp_edge.state import State
 from comp_edge.strategy import STRATEGIES
 from comp_edge.surgery import apply_plan
 from comp_edge.tasks import Task, take_examples
+from comp_edge.tasks.packing import examples
 
 WORK_SUFFIX = ".work"  # the folder beside the output in which a run keeps its checkpoint until it is complete
 STATE_FILE, TRACE_FILE, METRICS_FILE = "state.safetensors", "trace.jsonl", "metrics.json"
@@ -41,6 +56,8 @@ FADE = 2 / 3  # share of a stage over which masks fade; the rest of it recovers
 WARMUP = 20  # steps
 CHUNK = 100  # fine-tuning steps between checkpoints
 FINE_TUNING = 10_000  # data chunks of fine-tuning are numbered from here, those of stages from 0
+# Options that a run may be resumed with others of: they decide how it goes on, not what has been decided.
+FREE = ("lr", "matrix_lr", "accumulate", "checkpointing")
 
 
 class Session:
@@ -65,14 +82,18 @@ class Session:
         if deploy not in ("any", "stock"):
             raise InputError(f"unknown deployment {deploy!r}; give 'any' or 'stock'.")
         self.model, self.task, self.budget, self.strategy = model, task, budget, strategy
-        self.seed, self.config, self.on_progress = seed, config, on_progress
+        self.seed, self.on_progress = seed, on_progress
+        self.config = config = config.of(strategy)
         self.family = family_of(model)
-        self.modes = self._modes(config.modes, deploy)
+        self.modes, possible = usable_modes(self.family, model, strategy=strategy, wanted=config.modes, deploy=deploy)
         self.out = None if out is None else Path(out)
         self.work = None
         if self.out is not None:
             check_writable(self.out)
             self.work = self.out.with_name(self.out.name + WORK_SUFFIX)
+        check_splits(task)
+        self.processes = launched(cpu=next(model.parameters()).device.type == "cpu")
+        self.processes.align(model)
         self.streams = self.family.streams(model)
         self.start_plan = plan_of(model)
         self.state = State.of(model, request=self.family.request(model, task.example_inputs()), base=base)
@@ -81,7 +102,7 @@ class Session:
         self.target = budget.target(self.dense_cost) / self.dense_cost
         limits = Limits(round_to=config.round_to, share=config.stage_share)
         self.proposer = Proposer(self.family, model, self.streams, cost=self.cost, dense=self.dense_cost, limits=limits)
-        self._check_reachable()
+        check_reachable(self.proposer, self.state, self.modes, possible, target=self.target)
         self.identity = {
             "strategy": strategy,
             "seed": seed,
@@ -90,14 +111,16 @@ class Session:
             "budget": budget.to_json(),
             "cost": self.cost.name,
             "target": self.target,
-            "config": json.loads(json.dumps(asdict(config))),
+            "config": {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in FREE},
         }
         self.validation = list(take_examples(task.val_batches(), config.val_examples))
         if not self.validation:
-            raise InputError("the task has no validation batches; they are what steers the pruning.")
+            raise InputError(NO_VALIDATION)
         self.macs = MacsCost(model)
         # Without training there is nothing to learn from a copy of the dense model.
-        self.distillation = Distillation(model, task, weight=config.distill) if config.trains else None
+        self.distillation = (
+            Distillation(model, task, weight=config.distill, hidden=config.distill_hidden) if config.trains else None
+        )
         self.masks = UnitMasks(self.streams)
         self.schedule = attach(model, self.state.tokens)
         self.selector = make_selector(strategy, config)
@@ -110,13 +133,15 @@ class Session:
             modes=self.modes,
             config=config,
             seed=seed,
-            calibration=list(itertools.islice(task.train_batches(seed * 7919 + 1), config.calibration_batches)),
-            probe=list(itertools.islice(task.train_batches(seed * 7919 + 2), config.calibration_batches)),
+            calibration=Draws(task, seed * 7919 + 1, config.calibration_batches),
+            probe=Draws(task, seed * 7919 + 2, config.calibration_batches),
             loss=lambda m, batch: float(task.loss(m, batch)),
         )
+        self._check_batches()
         # Decided once: what is left at the end may be small enough.
         self.muon = use_muon(model.parameters()) if config.muon is None else config.muon
         self.optimizer = self._new_optimizer()
+        self.recomputation = Recomputation(model) if config.checkpointing and config.trains else None
         if not config.trains:
             model.requires_grad_(False)
             return_memory_at_once()
@@ -128,31 +153,60 @@ class Session:
 
     # ---- set-up
 
-    def _modes(self, wanted: Sequence[str] | None, deploy: str) -> list[str]:
-        modes = list(self.family.modes(self.model))
-        unknown = [mode for mode in wanted or () if mode not in modes]
-        if unknown:
-            raise InputError(f"mode {unknown[0]!r} is not one of the model's: {', '.join(modes)}.")
-        modes = [mode for mode in modes if wanted is None or mode in wanted]
-        return [mode for mode in modes if not (deploy == "stock" and mode == "language_tokens")]
-
-    def _check_reachable(self) -> None:
-        lowest = self.proposer.lowest(self.state, self.modes)
-        if self.target < lowest:
+    def _check_batches(self) -> None:
+        """Whether there are training batches, and whether they can be cut as the options ask."""
+        batch, parts = next(iter(self.setting.calibration), None), self.config.accumulate * self.processes.count
+        if batch is None:
+            raise InputError(NO_TRAINING)
+        if self.config.trains:
+            check_divisible(self.task, batch, parts)
+        if parts > 1 and self.config.distill_hidden:
             raise InputError(
-                f"the budget asks for {self.target:.4f} of the dense cost; the lowest that {', '.join(self.modes)} can "
-                f"reach is {lowest:.4f}."
+                f"distill_hidden {self.config.distill_hidden} measures errors against the variance of a whole batch, which "
+                "its parts do not see; give 0 with several processes or accumulation."
             )
+
+    def _own_parts(self, batch: dict[str, Tensor]) -> int:
+        """Into how many parts this process cuts its share of a training batch."""
+        wanted = self.config.accumulate
+        if self.config.distill_hidden or getattr(self.task, "least_examples", 1) > 1:
+            return wanted
+        rows = (examples(batch) or 0) // (wanted * self.processes.count)
+        return wanted * max(1, min(unshared(self.model, batch), rows))
 
     # ---- stages
 
     def start(self, *, evaluate: bool) -> None:
         """Score the dense model, and leave a first checkpoint."""
+        self._checkpoint()  # a run that is killed from here on can be resumed
         self.score = self.dense_score = self._score()
+        self._check_score()
         if evaluate and self.distillation is None:  # later there is no copy of it to score
-            self.dense_test_score = self.task.score(self.model, self.task.test_batches())
+            self.dense_test_score = self._test(self.model)
         self._apply(self.state, self.state, 0.0)
         self._checkpoint()
+
+    def _check_score(self) -> None:
+        """See `check_score`; a run that it stops leaves nothing behind."""
+        batch = next(iter(self.setting.calibration))
+
+        def in_ruins(compute: Callable[[], float]) -> float:
+            self.masks.masks = {site: torch.zeros(len(alive)) for site, alive in self.state.alive.items()}
+            value = compute()
+            self.masks.masks = {}
+            return value
+
+        try:
+            check_score(
+                self.task,
+                dense=self.dense_score,
+                ruined=lambda: in_ruins(self._score),
+                losses=lambda: (self._loss(batch), in_ruins(lambda: self._loss(batch))),
+            )
+        except InputError:
+            if self.work is not None and self.processes.main:
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise
 
     def advance(self) -> None:
         """Run stages until the state meets the target."""
@@ -162,19 +216,23 @@ class Session:
 
     def _run_stage(self, cost: float) -> float:
         started = time.perf_counter()
-        if not self.config.trains:
+        if self.config.trains:
+            return_memory()
+        else:
             collect_garbage()
         reset_peak()
         goal = min((1 - self.target) / self.config.stages, cost - self.target)
         self.model.eval()
-        chosen, choice = self.selector.select(self.setting, self.state, goal=goal, stage=self.stage)
+        chosen, choice = self._choose(goal)
         self.seconds["selection"] += time.perf_counter() - started
         if chosen is None:
             raise InputError(
                 f"no mode of {', '.join(self.modes)} can save any more at {cost:.4f} of the dense cost; the budget asks "
                 f"for {self.target:.4f}."
             )
+        return_memory()
         loss = self._train_stage(self.state, chosen.state)
+        return_memory()
         self.state = chosen.state
         before, self.score = self.score, self._score()
         after = self.proposer.price(self.state)
@@ -202,15 +260,25 @@ class Session:
         self._tell("prune", f"stage {self.stage} {chosen.name}, cost {after:.3f}, score {self.score:.3f}")
         return after
 
+    def _choose(self, goal: float) -> tuple[Proposal | None, dict[str, Any]]:
+        try:
+            return self.processes.once(
+                lambda: self.selector.select(self.setting, self.state, goal=goal, stage=self.stage)
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, while stage {self.stage + 1} was chosen") from None
+
     def _train_stage(self, old: State, new: State) -> float | None:
         """Interleave training with the fading; the mean loss of the stage, None without steps."""
-        started, steps = time.perf_counter(), self.config.stage_steps
+        started, steps = time.perf_counter(), self.config.steps_in(self.stage)
         losses = []
         self.model.train()
-        for step, batch in enumerate(itertools.islice(self._batches(self.stage), steps)):
-            self._apply(old, new, max(0.0, 1 - (step + 1) / max(1.0, steps * FADE)))
-            losses.append(self._step(batch, min(1.0, (self.stage * steps + step + 1) / WARMUP)))
-            self._tell("prune", step=step + 1)
+        with self._batches(self.stage, steps) as batches:
+            for step, batch in enumerate(batches):
+                self._apply(old, new, max(0.0, 1 - (step + 1) / max(1.0, steps * FADE)))
+                factor = min(1.0, (self.stage * self.config.stage_steps + step + 1) / WARMUP)
+                losses.append(self._step(batch, factor, where=f"step {step + 1} of stage {self.stage + 1}"))
+                self._tell("prune", step=step + 1)
         self._apply(new, new, 0.0)
         self.seconds["training"] += time.perf_counter() - started
         return sum(losses) / len(losses) if losses else None
@@ -218,10 +286,24 @@ class Session:
     def _apply(self, old: State, new: State, fade: float) -> None:
         apply_state(self.masks, self.schedule, old, new, fade=fade, cit=self.config.cit)
 
-    def _step(self, batch: dict[str, Tensor], factor: float) -> float:
-        objective, loss = self.distillation.objective(self.model, batch)
-        self.optimizer.step(objective, factor=factor)
-        return loss
+    def _step(self, batch: dict[str, Tensor], factor: float, *, where: str) -> float:
+        """One optimizer step on a batch of all processes; the task's own loss on it, for the record."""
+        recorded = 0.0
+
+        def objectives() -> Iterator[Tensor]:
+            nonlocal recorded
+            each = self._own_parts(batch)
+            parts = micro_batches(self.task, batch, each * self.processes.count, own=self.processes.own(each))
+            for weight, part in parts:
+                objective, loss = self.distillation.objective(self.model, part)
+                recorded += weight * loss
+                yield weight * objective
+
+        try:
+            self.optimizer.step_in_parts(objectives(), factor=factor, processes=self.processes)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, in {where}") from None
+        return self.processes.sum(recorded)
 
     # ---- the end
 
@@ -233,18 +315,25 @@ class Session:
         self.model.train()
         while self.tuned < steps:
             started = time.perf_counter()
-            chunk = itertools.islice(self._batches(FINE_TUNING + self.tuned // CHUNK), min(CHUNK, steps - self.tuned))
-            for batch in chunk:
-                self._step(batch, warmup_cosine(self.tuned, steps, warmup=WARMUP))
-                self.tuned += 1
-                self._tell("fine-tune")
+            with self._batches(FINE_TUNING + self.tuned // CHUNK, min(CHUNK, steps - self.tuned)) as chunk:
+                for batch in chunk:
+                    factor = warmup_cosine(self.tuned, steps, warmup=WARMUP)
+                    self._step(batch, factor, where=f"step {self.tuned + 1} of fine-tuning")
+                    self.tuned += 1
+                    self._tell("fine-tune")
             self.seconds["training"] += time.perf_counter() - started
             self._checkpoint()
+        if self.recomputation is not None:
+            self.recomputation.detach()
         self.model.eval()
 
     def _shrink(self) -> None:
         self.masks.detach()
+        if self.recomputation is not None:
+            self.recomputation.detach()
         apply_plan(self.model, self.final_plan())
+        if self.recomputation is not None:  # of the parts that are there now
+            self.recomputation = Recomputation(self.model)
         self.optimizer = self._new_optimizer()
 
     def final_plan(self) -> Plan:
@@ -264,7 +353,7 @@ class Session:
             "strategy": self.strategy,
             "seed": self.seed,
             "stages": self.stage,
-            "steps": self.stage * self.config.stage_steps + self.config.steps_after(self.stage),
+            "steps": sum(map(self.config.steps_in, range(self.stage))) + self.tuned,
             "dense": {"val_score": self.dense_score, "macs": dense["total"], "macs_by_part": dense},
             "pruned": {"val_score": self._score(), "macs": pruned["total"], "macs_by_part": pruned},
             "macs_kept": pruned["total"] / dense["total"],
@@ -273,27 +362,34 @@ class Session:
             "peak_memory_bytes": max([peak_bytes(), *(stage["peak_memory_bytes"] for stage in self.trace)]),
         }
         if evaluate:
-            metrics["pruned"]["test_score"] = self.task.score(self.model, self.task.test_batches())
+            metrics["pruned"]["test_score"] = self._test(self.model)
             if self.distillation is not None:
-                self.dense_test_score = self.task.score(self.distillation.dense, self.task.test_batches())
+                self.dense_test_score = self._test(self.distillation.dense)
             metrics["dense"]["test_score"] = self.dense_test_score
         if self.out is not None:
-            with whole_folder(self.out) as staging:
-                write_model(self.model, plan, staging, processor=processor)
-                write_text(staging / TRACE_FILE, "".join(json.dumps(line) + "\n" for line in self.trace))
-                write_json(staging / METRICS_FILE, metrics)
-                write_card(staging, self.model, plan, metrics=metrics)
-            (self.work / STATE_FILE).unlink(missing_ok=True)
-            self.work.rmdir()
+            self.processes.once(lambda: self._write(plan, metrics, processor))
         return PruneResult(model=self.model, plan=plan, metrics=metrics, trace=self.trace, folder=self.out)
+
+    def _write(self, plan: Plan, metrics: dict[str, Any], processor: Any) -> None:
+        with whole_folder(self.out) as staging:
+            write_model(self.model, plan, staging, processor=processor)
+            write_text(staging / TRACE_FILE, "".join(json.dumps(line) + "\n" for line in self.trace))
+            write_json(staging / METRICS_FILE, metrics)
+            write_card(staging, self.model, plan, metrics=metrics)
+        shutil.rmtree(self.work, ignore_errors=True)
 
     # ---- checkpoints
 
+    @property
+    def _begun(self) -> bool:
+        """Whether the dense model has been scored: before that nothing is decided or changed."""
+        return not math.isnan(self.dense_score)
+
     def _checkpoint(self) -> None:
-        if self.work is None:
+        if self.work is None or not self.processes.main:
             return
         tensors: dict[str, Tensor] = {}
-        if self.config.trains:  # otherwise the weights are what they were
+        if self.config.trains and self._begun:  # otherwise the weights are what they were
             tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
             tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state_tensors().items()}
         progress = {
@@ -310,8 +406,8 @@ class Session:
         }
         save_state(self.work / STATE_FILE, tensors, progress)
 
-    def resume(self) -> None:
-        """Take up the run whose checkpoint lies beside the output.
+    def resume(self, *, evaluate: bool) -> None:
+        """Take up the run whose checkpoint lies beside the output; see `start` for one that had not begun.
 
         Raises:
             InputError: there is none, it is damaged, or it is of a run with other options.
@@ -331,6 +427,10 @@ class Session:
         self.trace, self.seconds = progress["trace"], progress["seconds"]
         self.state.restore(progress["state"])
         self.selector.restore(progress["selector"])
+        self.processes.wait()  # the main process will write a new one
+        if not self._begun:
+            self.start(evaluate=evaluate)
+            return
         if self.tuned:
             self._shrink()
         else:
@@ -347,18 +447,40 @@ class Session:
         config = self.config
         return Optimizer(self.model.named_parameters(), matrix_lr=config.matrix_lr, lr=config.lr, muon=self.muon)
 
-    def _batches(self, chunk: int) -> Iterable[dict[str, Tensor]]:
-        return self.task.train_batches(self.seed * 100_003 + 17 + chunk)
+    @contextmanager
+    def _batches(self, chunk: int, count: int) -> Iterator[Iterable[dict[str, Tensor]]]:
+        """The batches of a chunk; dropout within it is drawn by its seed, whatever was drawn before."""
+        seed = self.seed * 100_003 + 17 + chunk
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + self.processes.index)
+            yield itertools.islice(self.task.train_batches(seed), count)
+
+    @torch.no_grad()
+    def _loss(self, batch: dict[str, Tensor]) -> float:
+        self.model.eval()
+        return self.processes.once(lambda: float(self.task.loss(self.model, batch)))
 
     @torch.no_grad()
     def _score(self) -> float:
+        """The validation score.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
         started = time.perf_counter()
         self.model.eval()
-        score = self.task.score(self.model, self.validation)
+        score = self.processes.once(lambda: self.task.score(self.model, self.validation))
         self.seconds["scoring"] += time.perf_counter() - started
+        if not math.isfinite(score):
+            raise FloatingPointError(f"validation score {score} is not finite, after {self.stage} stages")
         return score
 
+    def _test(self, model: Any) -> float:
+        return self.processes.once(lambda: self.task.score(model, self.task.test_batches()))
+
     def _tell(self, phase: str, message: str = "", *, step: int = 0) -> None:
+        if not self.processes.main:
+            return
         done = self.stage * self.config.stage_steps + step + self.tuned
         left = (self.proposer.price(self.state) - self.target) / (1 - self.target) * self.config.stages
         stages = max(0, math.ceil(left))

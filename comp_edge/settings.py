@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from comp_edge.importance import Norm
 from comp_edge.plan import Plan
-from comp_edge.strategy import MPSConfig
+from comp_edge.strategy import BASELINES, MPSConfig
+
+Importance = Literal["taylor", "fisher", "wanda"]
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,20 @@ class PruneConfig:
             teacher is kept, no gradient is computed, and memory stays close to the model's own.
         total_steps: optimizer steps in all, instead of `final_steps`: what the stages, however many, leave of them is spent
             after the plan is frozen.
-        importance: what ranks units for `probe`: first-order Taylor, which needs gradients, or structured Wanda; by
-            default Taylor, and Wanda where nothing is trained. (`comp` ranks by Wanda, as the paper does.)
+        importance: what ranks units: first-order Taylor or Fisher, which need gradients, or structured Wanda. By default
+            Wanda, as in the paper, but Fisher for `probe` where something is trained.
         lr, matrix_lr: peak learning rates of AdamW and Muon.
         muon: whether matrices are trained by Muon; by default in models of up to 50 million parameters.
         val_examples: validation examples that score a stage.
         calibration_batches: training batches for importance, and as many others for looking ahead.
         modes: which modes may run; None for all of the family.
-        cip, cit: token-weighted parameter importance, mask-corrected token importance.
+        cip, cit: token-weighted parameter importance (of Wanda), mask-corrected token importance. By default on, but off
+            for the baselines `params`, `tokens` and `joint`.
         token_norm: Norm of S^t.
         distill: weight of the dense model's logits in the objective; 0 trains on the task's loss alone.
+        distill_hidden: weight of its hidden states, where tokens survive (see `recovery.Distillation`).
+        accumulate: micro-batches that a training batch is cut into, for less memory; the result is the same to rounding.
+        checkpointing: layers keep no activations for the backward pass, which runs them a second time.
         round_to: widths are multiples of this where the layer is wide enough.
         stage_share: at most this fraction of a sub-layer or of a layer's tokens goes in one stage.
         mps: constants of MPS.
@@ -41,17 +47,20 @@ class PruneConfig:
     stage_steps: int = 15
     final_steps: int = 300
     total_steps: int | None = None
-    importance: Literal["taylor", "wanda"] | None = None
+    importance: Importance | None = None
     lr: float = 5e-4
     matrix_lr: float = 1.5e-3
     muon: bool | None = None
     val_examples: int = 500
     calibration_batches: int = 2
     modes: tuple[str, ...] | None = None
-    cip: bool = True
-    cit: bool = True
+    cip: bool | None = None
+    cit: bool | None = None
     token_norm: Norm = "mean"
     distill: float = 0.7
+    distill_hidden: float = 0.0
+    accumulate: int = 1
+    checkpointing: bool = False
     round_to: int = 32
     stage_share: float = 0.25
     mps: MPSConfig = field(default_factory=MPSConfig)
@@ -61,16 +70,27 @@ class PruneConfig:
         """Whether any weight changes but by removal."""
         return self.stage_steps + (self.final_steps if self.total_steps is None else self.total_steps) > 0
 
+    def steps_in(self, stage: int) -> int:
+        """Optimizer steps of a stage (the first is 0): fewer where they are used up."""
+        if self.total_steps is None:
+            return self.stage_steps
+        return min(self.stage_steps, max(0, self.total_steps - stage * self.stage_steps))
+
     def steps_after(self, stages: int) -> int:
         """Optimizer steps that are left for fine-tuning after so many stages."""
         if self.total_steps is None:
             return self.final_steps
         return max(0, self.total_steps - stages * self.stage_steps)
 
-    @property
-    def ranks_by(self) -> Literal["taylor", "wanda"]:
-        """The importance that `probe` uses."""
-        return self.importance or ("taylor" if self.trains else "wanda")
+    def of(self, strategy: str) -> PruneConfig:
+        """The same with what a strategy decides where nothing was given."""
+        cim = strategy not in BASELINES
+        return replace(
+            self,
+            importance=self.importance or ("fisher" if strategy == "probe" and self.trains else "wanda"),
+            cip=cim if self.cip is None else self.cip,
+            cit=cim if self.cit is None else self.cit,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which mode a stage advances: MPS as published, and the look-ahead probe. Pure: state in, decision out."""
+"""Which mode a stage advances: fixed turns, MPS as published, the look-ahead probe. Pure: state in, decision out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-STRATEGIES = ("comp", "probe")
+BASELINES = ("params", "tokens", "joint")
+STRATEGIES = (*BASELINES, "comp", "probe")
 K = TypeVar("K")
 
 
@@ -22,12 +23,14 @@ class MPSConfig:
         temperature: tau of that draw.
         history: lambda_0, weight of a mode's previous cost when it ran in the stage before.
         horizon: I_max, stages after which nothing of the previous cost is left.
+        cost_aware: choose by cost; otherwise the modes take turns, and the rest has no say (an ablation).
     """
 
     explore: float = 0.2
     temperature: float = 5.0
     history: float = 0.4
     horizon: int = 5
+    cost_aware: bool = True
 
 
 @dataclass
@@ -51,6 +54,8 @@ class MPS:
         untried = [mode for mode in modes if mode not in self.costs]
         if untried:
             return untried[0], "first try"
+        if not self.config.cost_aware:
+            return min(modes, key=lambda mode: self.last[mode]), "in turn"
         if rng.random() < self.config.explore:
             idle = np.array([stage - self.last[mode] for mode in modes]) / self.config.temperature
             weights = np.exp(idle - idle.max())
@@ -82,6 +87,16 @@ class MPS:
     def restore(self, value: Mapping[str, Any]) -> None:
         """Take over what `to_json` gave."""
         self.costs, self.last = dict(value["costs"]), {k: int(v) for k, v in value["last"].items()}
+
+
+def strategy_modes(strategy: str, modes: Sequence[str]) -> list[str]:
+    """Those of a model's modes that a strategy uses."""
+    return [mode for mode in modes if strategy not in ("params", "tokens") or mode.endswith(f"_{strategy}")]
+
+
+def turn(kinds: Sequence[str], stage: int) -> list[str]:
+    """Fixed alternation: what is to go in a stage, and what comes in its place when that cannot save any more."""
+    return [*kinds[stage % len(kinds) :], *kinds[: stage % len(kinds)]]
 
 
 def history_weight(idle: int, config: MPSConfig) -> float:

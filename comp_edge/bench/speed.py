@@ -52,7 +52,7 @@ def spread_plan(model: Any, *, keep: float, state: State, seed: int = 0) -> Plan
             if goal <= 0:
                 break
             if what == "params":
-                options = {"stream": stream, "goal": goal, "per_cost": False}
+                options = {"streams": [stream], "goal": goal, "per_cost": False}
                 proposal = proposer.parameters(state, scores, **options)
             else:
                 proposal = proposer.tokens_from_layer(state, stream=stream, layer=next(points[stream]), goal=goal)

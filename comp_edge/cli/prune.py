@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ examples:
   comp-edge prune --model my-vlm --task tasks/my_task.py:MyTask --train-steps 0 --strategy comp --dtype bfloat16 -o out
                                                       without training: importance from calibration batches only
   comp-edge prune --model random:smolvlm-256m --task synthetic --train-steps 40 -o out     time and memory at true size
+  comp-edge prune --model my-vlm --task tasks/my_task.py:MyTask --accumulate 4 --checkpointing -o out     less memory
+  accelerate launch --multi_gpu --num_processes 2 -m comp_edge.cli.main prune --model ... --task ... -o out
+                                                      each process trains on its half of every batch, GPU or CPU
 """
 
 
@@ -51,8 +56,16 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--stage-steps", type=common.count, help="optimizer steps of a stage")
     parser.add_argument("--final-steps", type=common.natural, help="fine-tuning steps after the plan is frozen")
     parser.add_argument(
-        "--train-steps", type=common.natural, metavar="N",
+        "--train-steps",
+        type=common.natural,
+        metavar="N",
         help="optimizer steps in all, instead of the two options above: half in stages, half after them; 0 trains nothing",
+    )
+    parser.add_argument(
+        "--accumulate", type=common.count, metavar="N", help="cut training batches into N, for less memory (default: 1)"
+    )
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="compute activations again for gradients, for less memory"
     )
     parser.add_argument("--val-examples", type=common.count, help="validation examples that score a stage")
     parser.add_argument("--no-eval", action="store_true", help="do not score on the test split at the end")
@@ -64,8 +77,18 @@ def add(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: Any) -> None:
-    """Prune, report."""
+def run(arguments: Any) -> int:
+    """Prune, report. Of several processes (see `comp_edge.parallel`) the main one speaks for all."""
+    from comp_edge.parallel import launched
+
+    if launched().main:
+        _prune(arguments, main=True)
+        return 0
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return common.run(lambda: _prune(arguments, main=False), name="")
+
+
+def _prune(arguments: Any, *, main: bool) -> None:
     from comp_edge.budget import Budget
     from comp_edge.checkpoint import load_any, load_processor, resolve
     from comp_edge.errors import InputError
@@ -82,13 +105,23 @@ def run(arguments: Any) -> None:
     check_writable(arguments.out)
     options = {
         name: getattr(arguments, name)
-        for name in ("stages", "stage_steps", "final_steps", "lr", "matrix_lr", "round_to", "val_examples")
+        for name in (
+            "stages",
+            "stage_steps",
+            "final_steps",
+            "lr",
+            "matrix_lr",
+            "round_to",
+            "val_examples",
+            "accumulate",
+        )
         if getattr(arguments, name) is not None
     }
     if arguments.train_steps is not None:
         options |= _share_steps(arguments, options.get("stages", PruneConfig.stages))
     if arguments.modes:
         options["modes"] = tuple(arguments.modes)
+    options["checkpointing"] = arguments.checkpointing
     model = load_any(arguments.model, dtype=common.dtype(arguments.dtype))
     processor = load_processor(arguments.model)
     task = load_task(arguments.task, processor, model)
@@ -116,6 +149,8 @@ def run(arguments: Any) -> None:
             evaluate=not arguments.no_eval,
             on_progress=on_progress,
         )
+    if not main:
+        return
     from comp_edge.report import write_report  # brings matplotlib, whose memory a large model may need
 
     write_report(arguments.out, task=arguments.task)
@@ -138,7 +173,9 @@ def _share_steps(arguments: Any, stages: int) -> dict[str, int]:
     from comp_edge.errors import InputError
 
     if arguments.stage_steps is not None or arguments.final_steps is not None:
-        raise InputError("--train-steps says how many steps there are in all; leave out --stage-steps and --final-steps.")
+        raise InputError(
+            "--train-steps says how many steps there are in all; leave out --stage-steps and --final-steps."
+        )
     each = arguments.train_steps // 2 // stages
     return {"stage_steps": each, "total_steps": arguments.train_steps}
 

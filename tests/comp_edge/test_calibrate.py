@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comp_edge.calibrate import Collector, TokenStatistics, collect, model_inputs, taylor_scores
+from comp_edge.calibrate import Collector, TokenStatistics, collect, gradient_scores, model_inputs
 from comp_edge.families import family_of
 from comp_edge.importance import normalize, token_importance
 from comp_edge.masks import UnitMasks
@@ -223,7 +223,7 @@ def test_taylor(model, tiny_task, batches, schedule):
     masks, _ = set_up(model, schedule)
     streams = masks.streams
     masks.masks = {site: torch.ones(unit_count(streams, site)) for site in sites(streams)}
-    got = taylor_scores(model, tiny_task, masks, batches)
+    got = gradient_scores(model, tiny_task, masks, batches, power=2)
     expected = {site: torch.zeros(unit_count(streams, site)) for site in masks.masks}
     for batch in batches:
         model.zero_grad()
@@ -240,7 +240,7 @@ def test_taylor(model, tiny_task, batches, schedule):
 def test_taylor_restores_the_masks_whatever_happens(model, tiny_task, batches):
     masks, _ = set_up(model, "dense")
     before = masks.masks = {Site("vision", 0, "heads"): torch.ones(4)}
-    taylor_scores(model, tiny_task, masks, batches[:1])
+    gradient_scores(model, tiny_task, masks, batches[:1], power=2)
     assert masks.masks is before or masks.masks == before
     assert not masks.masks[Site("vision", 0, "heads")].requires_grad
 
@@ -249,7 +249,7 @@ def test_taylor_restores_the_masks_whatever_happens(model, tiny_task, batches):
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        taylor_scores(model, Broken(), masks, batches[:1])
+        gradient_scores(model, Broken(), masks, batches[:1], power=2)
     assert list(masks.masks) == [Site("vision", 0, "heads")]
     assert not masks.masks[Site("vision", 0, "heads")].requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -14,7 +14,7 @@ import pytest
 
 from comp_edge import files
 from comp_edge.errors import InputError
-from comp_edge.files import check_writable, read_json, whole_folder, write_json, write_text
+from comp_edge.files import check_writable, read_json, recover_folder, whole_folder, write_json, write_text
 
 # Nobody, not even root (whom permissions do not stop), can create a file in here.
 READ_ONLY = Path("/proc/self")
@@ -208,6 +208,70 @@ def test_kill_in_the_middle_leaves_the_old_folder(tmp_path):
     with whole_folder(tmp_path / "out") as staging:
         (staging / "x").write_text("newer")
     assert contents(tmp_path / "out") == {"x": "newer"}
+
+
+KILLED = """
+import os, signal, sys
+from comp_edge import files
+genuine, calls = os.replace, []
+
+def replace(source, destination):
+    calls.append(destination)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    genuine(source, destination)
+
+files.os.replace = replace
+with files.whole_folder(sys.argv[1]) as staging:
+    (staging / "x").write_text("new")
+"""
+
+
+@pytest.mark.parametrize(("call", "now"), [(1, {"x": "old"}), (2, None), (3, {"x": "new"})])
+def test_kill_9_in_the_exchange(tmp_path, call, now):
+    """Before the first rename, between the two, and behind the second: the next command finds a whole folder."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+    root = Path(files.__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out"), str(call)], cwd=root, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 1  # something hidden was left
+    assert (contents(tmp_path / "out") if (tmp_path / "out").exists() else None) == now
+    check_writable(tmp_path / "out")
+    assert contents(tmp_path) == {"out/x": (now or {"x": "old"})["x"]}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_recovery_leaves_others_at_work_alone(tmp_path):
+    """Two processes that write the same folder: the second must not take away what the first works on."""
+    (tmp_path / "out").mkdir()
+    with whole_folder(tmp_path / "out") as staging:
+        (staging / "x").write_text("new")
+        recover_folder(tmp_path / "out")
+        recover_folder(tmp_path / "other")
+        assert contents(staging) == {"x": "new"}
+    assert contents(tmp_path) == {"out/x": "new"}
+
+
+def test_the_only_copy_is_never_removed(tmp_path, monkeypatch):
+    """Neither the new folder nor the old one can be put in place: the old one stays where it is, to be recovered."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "x").write_text("old")
+    genuine = os.replace
+
+    def replace(source, destination):
+        if Path(destination) == target:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        genuine(source, destination)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    with pytest.raises(InputError, match="cannot write"), whole_folder(target) as staging:
+        (staging / "x").write_text("new")
+    monkeypatch.undo()
+    assert not target.exists()
+    recover_folder(target)
+    assert contents(tmp_path) == {"out/x": "old"}
 
 
 def test_others_may_read_what_was_written(tmp_path):

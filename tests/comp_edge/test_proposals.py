@@ -78,10 +78,10 @@ def propose(
     if what == "params":
         kinds = [("heads", "ffn"), ("heads",), ("ffn",)][way % 3]
         return proposer.parameters(
-            state, unit_scores(state, seed), stream=stream, kinds=kinds, goal=goal, per_cost=bool(way % 2)
+            state, unit_scores(state, seed), streams=[stream], kinds=kinds, goal=goal, per_cost=bool(way % 2)
         )
     if way % 3 == 0:
-        return proposer.tokens_by_threshold(state, statistics(state, seed), stream=stream, goal=goal)
+        return proposer.tokens_by_threshold(state, statistics(state, seed), streams=[stream], goal=goal)
     return proposer.tokens_from_layer(state, stream=stream, layer=way % 3, goal=goal)
 
 
@@ -142,7 +142,7 @@ def worn(proposer: Proposer, model: Any) -> State:
 def test_parameters_reach_the_goal_or_their_bound(proposer, model, start, goal, per_cost, stream):
     state = worn(proposer, model) if start == "worn" else State.of(model, prompt_tokens=PROMPT, base="")
     scores = unit_scores(state, 7)
-    proposal = proposer.parameters(state, scores, stream=stream, goal=goal, per_cost=per_cost)
+    proposal = proposer.parameters(state, scores, streams=[stream], goal=goal, per_cost=per_cost)
     assert proposal is not None
     removed = {s: int(a.sum()) - int(proposal.state.alive[s].sum()) for s, a in state.alive.items()}
     for site, count in removed.items():
@@ -150,7 +150,7 @@ def test_parameters_reach_the_goal_or_their_bound(proposer, model, start, goal, 
         # A chunk may always go (here 8 channels or at most two heads); more only up to the share.
         assert count <= max(0.25 * had, 8 if site.kind == "ffn" else 2)
     if proposal.saving < goal:
-        again = proposer.parameters(state, scores, stream=stream, goal=1e9, per_cost=per_cost)
+        again = proposer.parameters(state, scores, streams=[stream], goal=1e9, per_cost=per_cost)
         assert again.state.plan() == proposal.state.plan(), "it stopped before its bound"
         for site, alive in state.alive.items():
             if site.stream == stream and site.kind == "ffn" and alive.any():
@@ -164,7 +164,7 @@ def test_the_least_important_go_first(proposer, model, per_cost):
     scores = unit_scores(state, 3)
     site = Site("language", 1, "ffn")
     scores[site][:8] *= 1e-6
-    proposal = proposer.parameters(state, scores, stream="language", goal=1e-6, per_cost=per_cost)
+    proposal = proposer.parameters(state, scores, streams=["language"], goal=1e-6, per_cost=per_cost)
     gone = {s: (state.alive[s] & ~alive).nonzero()[:, 0].tolist() for s, alive in proposal.state.alive.items()}
     assert {s: units for s, units in gone.items() if units} == {site: list(range(8))}
 
@@ -197,7 +197,7 @@ def test_tokens_from_a_layer(proposer, model, stream, layer, start, goal):
 def test_tokens_by_threshold(proposer, model, stream, start, goal):
     state = worn(proposer, model) if start == "worn" else State.of(model, prompt_tokens=PROMPT, base="")
     found = statistics(state, 5)
-    proposal = proposer.tokens_by_threshold(state, found, stream=stream, goal=goal)
+    proposal = proposer.tokens_by_threshold(state, found, streams=[stream], goal=goal)
     current = state.tokens[stream]
     bounds = [max(min(int(n * 0.75), n - 1), min(6, n)) for n in current]
     if proposal is None:
@@ -219,7 +219,7 @@ def test_a_layer_keeps_as_many_as_reach_the_threshold(model):
     found = TokenStatistics()
     found.scores[("vision", 0)] = [torch.tensor([[1.8] * 9 + [0.1] * 8])]
     found.scores[("vision", 1)] = [torch.ones(1, 17)]
-    proposal = make_proposer(model, share=0.5).tokens_by_threshold(state, found, stream="vision", goal=0.01)
+    proposal = make_proposer(model, share=0.5).tokens_by_threshold(state, found, streams=["vision"], goal=0.01)
     assert proposal.state.tokens["vision"] == [17, 9, 9]
 
 
@@ -282,7 +282,7 @@ def test_a_share_of_everything(model):
     state = State.of(model, prompt_tokens=PROMPT, base="")
     proposer = make_proposer(model, share=1.0)
     proposal = proposer.parameters(
-        state, unit_scores(state, 0), stream="vision", kinds=("ffn",), goal=1.0, per_cost=False
+        state, unit_scores(state, 0), streams=["vision"], kinds=("ffn",), goal=1.0, per_cost=False
     )
     assert not any(
         bool(alive.any()) for s, alive in proposal.state.alive.items() if s == Site("vision", s.layer, "ffn")

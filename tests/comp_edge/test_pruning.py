@@ -18,6 +18,7 @@ import comp_edge
 from comp_edge.errors import InputError
 from comp_edge.session import STATE_FILE
 from comp_edge.settings import PruneConfig
+from comp_edge.strategy import BASELINES, STRATEGIES
 
 QUICK = PruneConfig(
     stages=4, stage_steps=2, final_steps=3, val_examples=30, calibration_batches=1, round_to=8, lr=1e-3, matrix_lr=1e-3
@@ -29,14 +30,17 @@ def prune(model: Any, task: Any, **options: Any) -> comp_edge.PruneResult:
     return comp_edge.prune(model, task, **options)
 
 
-@pytest.mark.parametrize("strategy", ["comp", "probe"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_budget_is_met_and_the_folder_tells_how(
     tiny_model: Any, tiny_task: Any, tmp_path: Path, strategy: str
 ) -> None:
     dense = comp_edge.macs(tiny_model, prompt_tokens=tiny_task.prompt_length - 16)["total"]
-    result = prune(tiny_model, tiny_task, strategy=strategy, out=tmp_path / "out", seed=3)
+    macs = 0.7 if strategy == "tokens" else 0.4  # fewer tokens than that would leave nothing to read
+    result = prune(
+        tiny_model, tiny_task, strategy=strategy, budget=comp_edge.Budget(macs=macs), out=tmp_path / "out", seed=3
+    )
     assert result.plan.cost.dense == dense
-    assert 0.25 < result.plan.cost.pruned / dense <= 0.4
+    assert macs - 0.15 < result.plan.cost.pruned / dense <= macs
     assert comp_edge.macs(result.model)["total"] == result.plan.cost.pruned == result.metrics["pruned"]["macs"]
     loaded = comp_edge.load_pretrained(tmp_path / "out")
     assert loaded.comp_edge_plan == result.plan and result.plan.strategy == strategy and result.plan.seed == 3
@@ -47,11 +51,19 @@ def test_the_budget_is_met_and_the_folder_tells_how(
     fractions = [1.0] + [line["cost_fraction"] for line in trace]
     assert all(b < a for a, b in zip(fractions, fractions[1:], strict=False))
     for line in trace:
-        assert line["mode"] in ("vision_params", "language_params", "vision_tokens", "language_tokens")
-        assert line["why"] in ("first try", "explored", "cheapest") and line["macs"] == pytest.approx(line["cost"])
+        modes = ("params", "tokens") if strategy in BASELINES else comp_edge.families.family_of(loaded).modes(loaded)
+        assert line["mode"] in modes
+        assert line["why"] in ("first try", "explored", "cheapest", "in turn") and line["macs"] == pytest.approx(
+            line["cost"]
+        )
     assert not (tmp_path / "out.work").exists()
     if strategy == "probe":  # each stage is filled, so there are not many more stages than were asked for
         assert len(trace) <= 2 * QUICK.stages and all(line["also"] is not None for line in trace)
+    if strategy in ("params", "tokens"):
+        assert {line["mode"] for line in trace} == {strategy}
+        assert (len(set(result.plan.streams["vision"].tokens)) == 1) == (strategy == "params")
+    if strategy == "joint":
+        assert [line["mode"] for line in trace[:2]] == ["params", "tokens"]
     if strategy == "comp":
         assert [line["why"] for line in trace[:4]] == ["first try"] * 4
 
@@ -195,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_stage_intact(
 
 
 def test_what_cannot_be_pruned_says_so(make_model: Any, tiny_task: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown strategy 'best'; give one of comp, probe"):
+    with pytest.raises(InputError, match="unknown strategy 'best'; give one of params, tokens, joint, comp, probe"):
         prune(make_model(), tiny_task, strategy="best")
     with pytest.raises(InputError, match="unknown deployment 'phone'"):
         prune(make_model(), tiny_task, deploy="phone")

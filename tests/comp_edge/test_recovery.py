@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from comp_edge.recovery import Distillation
+from comp_edge.recovery import Distillation, hidden_error
+from comp_edge.schedule import attach
+from comp_edge.state import State
 
 
 class Logits:
@@ -114,3 +116,28 @@ def test_the_recorded_loss_is_the_tasks(make_model, tiny_task):
         objective, recorded = Distillation(make_model(seed=1), tiny_task).objective(model, batch)
         assert recorded == pytest.approx(float(tiny_task.loss(model, batch)), rel=1e-5)
     assert float(objective) != recorded
+
+
+def test_hidden_states_are_compared_where_tokens_survive(make_model, tiny_task):
+    """Against hidden states gathered by hand, with a schedule that drops tokens."""
+    student, teacher, batch = make_model(), make_model(seed=1), next(tiny_task.train_batches(0))
+    distillation = Distillation(teacher, tiny_task, weight=0.0, hidden=1.0)
+    tokens = State.of(student, base="", prompt_tokens=8).tokens
+    tokens["vision"][-1] = tokens["vision"][0] // 2
+    schedule = attach(student, tokens)
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name):
+        return lambda module, args, output: seen.update({name: output if torch.is_tensor(output) else output[0]})
+
+    for name, model in (("student", student), ("teacher", distillation.dense)):
+        model.model.vision_tower.encoder.layers[-1].register_forward_hook(note(name))
+    objective, loss = distillation.objective(student, batch)
+    kept = schedule.kept("vision")
+    assert kept.shape[1] == tokens["vision"][-1]
+    by_hand = torch.stack([states[rows] for states, rows in zip(seen["teacher"], kept, strict=True)])
+    error = (seen["student"] - by_hand).square().mean() / by_hand.var()
+    assert float(objective) == pytest.approx(loss + float(error), rel=1e-5)
+    assert float(hidden_error(student, "vision", by_hand, seen["teacher"])) == 0.0
+    objective.backward()
+    assert all(p.grad is None for p in distillation.dense.parameters())

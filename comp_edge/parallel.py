@@ -1,0 +1,121 @@
+"""One pass in several processes, as `accelerate launch` starts them: each computes its rows of every training batch.
+
+    accelerate launch --multi_gpu --num_processes 2 -m comp_edge.cli.main prune --model ... --task ... -o out
+
+(`--multi_gpu` is what makes accelerate start several processes on one machine, with or without a GPU; where the model is on
+the CPU they talk through gloo. With `--cpu` it starts one, unless an MPI is there to start more.)
+
+Every process holds the whole model, draws the same batches and takes its rows; gradients are summed, so weights stay the
+same everywhere. Whatever is decided (importance, probes, validation scores) is computed once, in the main process, and
+handed to the others; only the main process writes. Sharded models (FSDP) are out of scope: masks, surgery and token
+schedules need whole layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from comp_edge.errors import InputError
+
+T = TypeVar("T")
+WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun's and those of MPIs
+# The others wait while the main process chooses and scores. A process that has died is noticed at once.
+PATIENCE = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share a pass; by default this one alone, for which nothing here does anything.
+
+    Attributes:
+        count: how many there are.
+        index: which one this is; 0 is the main process.
+    """
+
+    count: int = 1
+    index: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this process decides and writes."""
+        return self.index == 0
+
+    def own(self, each: int) -> slice:
+        """Which of `count * each` parts of a batch are this process's."""
+        return slice(self.index * each, (self.index + 1) * each)
+
+    def once(self, compute: Callable[[], T]) -> T:
+        """What `compute` gives in the main process, in every process; an error of it is raised in every process, too."""
+        if self.count == 1:
+            return compute()
+        from accelerate.utils import broadcast_object_list
+
+        outcome: list[Any] = [None, None]
+        if self.main:
+            try:
+                outcome[0] = compute()
+            except (InputError, FloatingPointError) as error:
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def sum(self, value: float) -> float:
+        """The sum of every process's value."""
+        if self.count == 1:
+            return value
+        from accelerate import PartialState
+        from accelerate.utils import reduce
+
+        return float(reduce(torch.tensor(value, dtype=torch.float64, device=PartialState().device), "sum"))
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace gradients by their sums over all processes; None stays where no process has one."""
+        if self.count == 1:
+            return
+        from accelerate import PartialState
+        from accelerate.utils import reduce
+
+        held = torch.tensor([p.grad is not None for p in parameters], device=PartialState().device)
+        for parameter, wanted in zip(parameters, reduce(held.int(), "sum").tolist(), strict=True):
+            if wanted:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = reduce(own, "sum")
+
+    @torch.no_grad()
+    def align(self, model: nn.Module) -> None:
+        """Give every process the main process's weights."""
+        if self.count > 1:
+            from accelerate.utils import broadcast
+
+            for tensor in model.state_dict().values():
+                tensor.copy_(broadcast(tensor))
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.sum(0.0)
+
+
+ALONE = Processes()
+
+
+def launched(*, cpu: bool = True) -> Processes:
+    """The processes that `accelerate launch` (or torchrun) started together with this one.
+
+    Args:
+        cpu: the model is on the CPU.
+    """
+    if max(int(os.environ.get(name, "1")) for name in WORLD) == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    return Processes(count=state.num_processes, index=state.process_index)
