@@ -15,8 +15,10 @@ EXAMPLES = """\
 examples:
   comp-edge train --task digit_vqa --model llava-digits -o my-llava
   comp-edge train --task digit_vqa --model llava-digits -o my-llava --resume     after an interruption
+  comp-edge train --task digit_pairs --model clip-digits -o my-clip
   comp-edge train --task easy_vqa --model my-llava -o my-easy-llava --steps 1000
 """
+STEPS, IMAGES = 3000, 24
 
 
 def add(subparsers: Any) -> None:
@@ -24,11 +26,17 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train", help="train a dense model", description="Train a dense model on a task.", epilog=EXAMPLES
     )
-    parser.add_argument("--task", required=True, help="digit_vqa, easy_vqa or path/to/file.py:ClassName")
+    parser.add_argument("--task", required=True, help="digit_vqa, digit_pairs, easy_vqa or path/to/file.py:ClassName")
     parser.add_argument("--model", required=True, help="a reference model (from nothing), or a dense folder (further)")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=common.count, default=3000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--images", type=common.count, default=24, help="images per batch (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=common.count, help=f"optimizer steps (default: {STEPS}, or what a reference model takes)"
+    )
+    parser.add_argument(
+        "--images",
+        type=common.count,
+        help=f"images per batch (default: {IMAGES} with questions; with captions, what the task says)",
+    )
     parser.add_argument("--lr", type=common.positive, default=2e-3, help="AdamW's learning rate (default: %(default)s)")
     parser.add_argument("--matrix-lr", type=common.positive, default=3e-3, help="Muon's (default: %(default)s)")
     parser.add_argument("--seed", type=common.natural, default=0)
@@ -43,6 +51,7 @@ def run(arguments: Any) -> None:
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable, whole_folder, write_json
     from comp_edge.reference import REFERENCE_MODELS
+    from comp_edge.reference import STEPS as REFERENCE_STEPS
     from comp_edge.tasks import load_task, task_class
     from comp_edge.train import train
 
@@ -54,7 +63,10 @@ def run(arguments: Any) -> None:
         model, processor = load_dense(arguments.model), load_processor(arguments.model)
     task: Any = load_task(arguments.task, processor, model)
     if hasattr(task, "images_per_batch"):
-        task.images_per_batch = arguments.images
+        task.images_per_batch = arguments.images or IMAGES
+    elif arguments.images and hasattr(task, "pairs_per_batch"):
+        task.pairs_per_batch = arguments.images
+    steps = arguments.steps or REFERENCE_STEPS.get(arguments.model, STEPS)
     work = arguments.out.with_name(arguments.out.name + ".work")
     started, seconds = time.time(), 0.0
     scored = ""
@@ -68,12 +80,12 @@ def run(arguments: Any) -> None:
             model,
             task,
             folder=work,
-            steps=arguments.steps,
+            steps=steps,
             lr=arguments.lr,
             matrix_lr=arguments.matrix_lr,
             seed=arguments.seed,
             resume=arguments.resume,
-            on_step=lambda step, loss: update(step, arguments.steps, f"train, loss {loss:.3f}{scored}"),
+            on_step=lambda step, loss: update(step, steps, f"train, loss {loss:.3f}{scored}"),
             on_score=on_score,
         )
     seconds = time.time() - started

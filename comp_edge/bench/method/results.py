@@ -1,0 +1,87 @@
+"""What lies in a run's folder: finished cells, and what is made of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from comp_edge.bench.method.statistics import in_order
+from comp_edge.bench.method.table import table
+from comp_edge.errors import InputError
+from comp_edge.files import read_json, write_json, write_text
+
+RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
+KEYS = (
+    "model", "strategy", "reduction", "score", "dense_seed", "prune_seed", "steps", "samples", "selection_seconds",
+    "training_seconds", "macs", "task", "dense_score", "scoring_seconds", "peak_memory_bytes", "modes", "stages", "options",
+)  # fmt: skip
+PLACE = ("model", "strategy", "reduction", "dense_seed", "prune_seed")
+
+
+def load_cells(out: Path) -> list[dict[str, Any]]:
+    """The finished cells of a folder, in order.
+
+    Raises:
+        InputError: a file among them is none.
+    """
+    cells = []
+    for path in sorted((out / "cells").glob("*.json")):
+        cell = read_json(path, what="cell")
+        missing = [key for key in KEYS if not isinstance(cell, dict) or key not in cell]
+        if missing:
+            raise InputError(f"cell {str(path)!r} lacks {missing[0]!r}; delete it to have it run again.")
+        cells.append(cell)
+    return in_order(cells)
+
+
+def write_results(
+    out: Path, *, ours: str, command: str | None = None, failures: Sequence[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Write results.json and table.md from the finished cells.
+
+    Args:
+        command, failures: of the run; by default as they were written before. A failure whose cell is finished by now is
+            left out.
+
+    Returns:
+        what results.json holds.
+    """
+    cells = load_cells(out)
+    known = {} if not (out / RESULTS_FILE).is_file() else read_json(out / RESULTS_FILE, what="results")
+    command = known.get("command") if command is None else command
+    failures = known.get("failures", []) if failures is None else failures
+    done = {tuple(cell[name] for name in PLACE) for cell in cells}
+    results: dict[str, Any] = {
+        "command": command,
+        "cells": [{key: value for key, value in cell.items() if key != "trace"} for cell in cells],
+        "failures": in_order(f for f in failures if tuple(f[name] for name in PLACE) not in done),
+    }
+    write_json(out / RESULTS_FILE, results)
+    write_text(out / TABLE_FILE, table(cells, failures=results["failures"], ours=ours, command=command))
+    return results
+
+
+def write_pictures(out: Path, *, ours: str) -> list[Path]:
+    """Draw the pictures from the finished cells; returns their files."""
+    from comp_edge.bench.method.pictures import pictures  # brings matplotlib
+
+    written = []
+    for name, content in pictures(load_cells(out), ours=ours).items():
+        _write_bytes(out / name, content)
+        written.append(out / name)
+    return written
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    """Whole or not at all, as `write_text`."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from None

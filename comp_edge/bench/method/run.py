@@ -1,0 +1,140 @@
+"""A whole run: what is to be done, by whom, and what came of it."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from comp_edge.bench.method.cell import OPTIONS_FILE, cell_file, run_cell, work_folder
+from comp_edge.bench.method.dense import DenseModel, Recipe, find_dense, prepare
+from comp_edge.bench.method.grid import Cell, Target
+from comp_edge.bench.method.pool import Failure, Job, run_jobs
+from comp_edge.bench.method.results import load_cells, write_results
+from comp_edge.errors import InputError
+from comp_edge.files import check_writable, read_json
+
+LOCK_FILE = ".lock"
+# Cells that differ in these cannot stand in one table.
+SHARED = ("steps", "test_examples")
+Progress = Callable[[int, int, str], None]
+
+
+def run(
+    cells: Sequence[Cell],
+    *,
+    out: Path,
+    ours: str,
+    command: str,
+    workers: int,
+    dense: Path | None,
+    recipe: Callable[[Target], Recipe],
+    initialize: Callable[[], None],
+    on_progress: Progress,
+) -> list[dict[str, Any]]:
+    """Run the cells that are not finished, and write results.json and table.md.
+
+    Args:
+        dense: a folder with dense models (see `find_dense`).
+        recipe: how a target's dense models are trained.
+        initialize: called in every worker process; must be picklable.
+        on_progress: optimizer steps done, all of them, what is going on.
+
+    Returns:
+        the cells that gave no result: their labels, `kind` ("refused" or "failed") and `reason`.
+
+    Raises:
+        InputError: the folder holds cells of the same name, or an unfinished one, with other options; another run is at work
+            in it; see also `find_dense`.
+    """
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        models = {
+            (cell.target, cell.dense_seed): find_dense(
+                cell.target, cell.dense_seed, out=out, given=dense, recipe=recipe, test_examples=cell.test_examples
+            )
+            for cell in cells
+        }
+        check_options(cells, models, out)
+        open_ = [cell for cell in cells if not cell_file(out, cell).is_file()]
+        closed = [cell for cell in cells if cell_file(out, cell).is_file()]
+        for cell in closed:  # killed right after the cell was written
+            shutil.rmtree(work_folder(out, cell), ignore_errors=True)
+        jobs = list_jobs(open_, models, out)
+        by_key = {cell.key: cell for cell in cells}
+        finished, before = len(closed), sum(cell.steps for cell in closed)
+        total = before + sum(job.steps for job in jobs)
+        failures: list[dict[str, Any]] = []
+
+        def tell(done: int, text: str) -> None:
+            on_progress(before + done, total, f"{finished}/{len(cells)} cells, {text}")
+
+        def end(job: Job, failure: Failure | None) -> None:
+            nonlocal finished
+            if failure is None and job.key in by_key:
+                finished += 1
+                write_results(out, ours=ours, command=command, failures=failures)
+
+        tell(0, "begin")
+        for failure in run_jobs(jobs, workers=workers, initialize=initialize, on_progress=tell, on_end=end):
+            if failure.key in by_key:
+                failures.append({**by_key[failure.key].labels, "kind": failure.kind, "reason": failure.reason})
+        write_results(out, ours=ours, command=command, failures=failures)
+    return failures
+
+
+def list_jobs(cells: Sequence[Cell], models: dict[tuple[Target, int], DenseModel], out: Path) -> list[Job]:
+    """What is to be done, in order: a dense model comes right before the first cell that needs it."""
+    jobs: dict[str, Job] = {}
+    for cell in cells:
+        dense = models[cell.target, cell.dense_seed]
+        needs = None
+        if not dense.complete:
+            needs = f"dense model {dense.key}"
+            if needs not in jobs:
+                jobs[needs] = Job(needs, functools.partial(prepare, dense), dense.cost, needs)
+        call = functools.partial(run_cell, cell, dense, out)
+        jobs[cell.key] = Job(cell.key, call, cell.steps, cell.name, needs)
+    return list(jobs.values())
+
+
+def check_options(cells: Sequence[Cell], models: dict[tuple[Target, int], DenseModel], out: Path) -> None:
+    """See `run`."""
+    weights = {key: dense.weights for key, dense in models.items()}
+    for cell in cells:
+        now = cell.options(weights[cell.target, cell.dense_seed])
+        finished, begun = cell_file(out, cell), work_folder(out, cell) / OPTIONS_FILE
+        if finished.is_file():
+            _compare(read_json(finished, what="cell").get("options", {}), now, cell.name, out)
+        elif begun.is_file():
+            _compare(read_json(begun, what="options"), now, cell.name, out)
+    for other in load_cells(out):
+        shared = {name: other["options"].get(name) for name in SHARED}
+        name = f"{other['model']} {other['strategy']} {other['reduction']}"
+        for cell in cells:
+            _compare(shared, cell.options(None), name, out)
+
+
+def _compare(then: dict[str, Any], now: dict[str, Any], name: str, out: Path) -> None:
+    for option, value in then.items():
+        if option in now and now[option] != value:
+            raise InputError(
+                f"{str(out)!r} holds {name} with {option} {value}, this run has {now[option]}; give the same options or "
+                "another --out."
+            )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One run at a time works in a folder; the kernel lets go of the lock when a process ends, however it ends."""
+    with (out / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is at work in {str(out)!r}; wait for it or give another --out.") from None
+        yield

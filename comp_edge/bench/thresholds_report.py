@@ -1,0 +1,99 @@
+"""results.json and table.md of `comp-edge bench thresholds`, from its finished parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from comp_edge.bench.method.statistics import paired_difference, spread
+from comp_edge.bench.method.table import percent, spread_text
+from comp_edge.bench.parts import PARTS
+from comp_edge.bench.thresholds_run import ARMS, DYNAMIC, SCHEDULE, STATIC
+from comp_edge.errors import InputError
+from comp_edge.files import read_json, write_json, write_text
+from comp_edge.report import words
+
+RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
+PLUS_MINUS = "\u00b1"
+Part = dict[str, Any]
+
+
+def write_report(out: Path, *, command: str | None) -> dict[str, Any]:
+    """Write both files; returns what results.json holds.
+
+    Args:
+        command: as it was given; None: as it was written before.
+
+    Raises:
+        InputError: nothing is finished.
+    """
+    parts = [read_json(path, what="part") for path in sorted((out / PARTS).glob("*.json"))]
+    if not any(part["arm"] in ARMS for part in parts):
+        raise InputError(f"{str(out)!r} holds no finished parts; run the command without --redo first.")
+    parts.sort(key=lambda part: (part["reduction"], part["seed"], (SCHEDULE, *ARMS).index(part["arm"])))
+    if command is None and (out / RESULTS_FILE).is_file():
+        command = read_json(out / RESULTS_FILE, what="results").get("command")
+    results = {"command": command, "parts": parts}
+    write_json(out / RESULTS_FILE, results)
+    write_text(out / TABLE_FILE, table(parts, command=command))
+    return results
+
+
+def table(parts: Sequence[Part], *, command: str | None) -> str:
+    """The tables as Markdown."""
+    first = next(part for part in parts if part["arm"] in ARMS)
+    text = [f"# Static schedule and per-image thresholds: {first['model']}"]
+    if command:
+        text.append(f"```\n{command}\n```")
+    dense = {part["seed"]: part["dense_score"] for part in parts if part["arm"] == SCHEDULE}
+    text.append(
+        f"Test score of the dense model {', '.join(f'{s:.4f} (seed {k})' for k, s in sorted(dense.items()))}. Both sides begin "
+        f"with it and take {first['steps']} optimizer steps on the same batches. Mean {PLUS_MINUS} standard deviation (number "
+        "of seeds); MACs of the thresholds are the mean over the images of the test split, as a share of the static schedule's."
+    )
+    reductions = sorted({part["reduction"] for part in parts})
+    text.append(_scores(parts, reductions))
+    for reduction in reductions:
+        if mine := [part for part in parts if part["reduction"] == reduction and part["arm"] in ARMS]:
+            text += [f"## Tokens of the vision layers at {percent(reduction)}", _counts(mine)]
+    return "\n\n".join(text) + "\n"
+
+
+def _scores(parts: Sequence[Part], reductions: Sequence[float]) -> str:
+    rows = []
+    for reduction in reductions:
+        score: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
+        macs: list[float] = []
+        for part in parts:
+            if part["reduction"] == reduction and part["arm"] in ARMS:
+                score[part["arm"]][part["seed"]] = part["score"]
+                if part["arm"] == DYNAMIC:
+                    macs.append(part["macs"] / part["static_macs"])
+        cells = [spread_text(spread(list(score[arm].values()))) if score[arm] else words.DASH for arm in ARMS]
+        found = paired_difference(score[DYNAMIC], score[STATIC])
+        if found is None:
+            cells += [words.DASH, words.DASH]
+        else:
+            error = words.DASH if found.n < 2 else f"{found.error:.4f}"
+            cells += [words.signed(f"{found.mean:+.4f}"), error]
+        rows.append([percent(reduction), *cells, spread_text(spread(macs)) if macs else words.DASH])
+    head = ["reduction", STATIC, DYNAMIC, "dynamic minus static", "standard error", "MACs of dynamic / static"]
+    return _markdown(head, rows)
+
+
+def _counts(parts: Sequence[Part]) -> str:
+    layers = range(len(parts[0]["counts"]))
+    rows = []
+    for part in parts:
+        cells = [
+            f"{mean:.1f}" + (f" {PLUS_MINUS} {std:.1f}" if part["arm"] == DYNAMIC else "")
+            for mean, std in zip(part["counts"], part["deviations"], strict=True)
+        ]
+        rows.append([f"{part['arm']}, seed {part['seed']}", *cells])
+    return _markdown([f"mean {PLUS_MINUS} deviation over images", *(f"layer {i}" for i in layers)], rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
