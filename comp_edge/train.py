@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,14 @@ def train(
         count = min(CHUNK, steps - done)
         total = 0.0
         for batch in itertools.islice(task.train_batches(seed * 100_003 + done // CHUNK), count):
-            loss = task.loss(model, batch)
+            with _tower_outputs(model) if head is not None else nullcontext([]) as seen:
+                loss = task.loss(model, batch)
             objective = loss
             if head is not None:
                 first, _ = distinct_images(batch["image_ids"])
-                features = _patch_features(model, take_rows(batch, first))
+                # Tasks encode an image once for all that is asked about it; what they computed need not be computed again.
+                shared = len(seen) == 1 and len(seen[0]) == len(first)
+                features = _patches(seen[0]) if shared else _patch_features(model, take_rows(batch, first))
                 labels = task.patch_labels(batch["image_ids"][first])
                 # Decays to nothing: it shows the tower what to see, then leaves it to the questions.
                 objective = loss + auxiliary * max(0.0, 1 - 1.25 * done / steps) * head(features, labels)
@@ -126,8 +130,27 @@ def _pictures(batch: dict[str, Tensor]) -> Tensor | None:
 def _patch_features(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Patch tokens [n, patches, width] that the vision stream ends with, CLS left out."""
     tower = family_of(model).streams(model)["vision"].root
-    hidden = tower(pixel_values=_pictures(batch)).last_hidden_state
+    return _patches(tower(pixel_values=_pictures(batch)).last_hidden_state)
+
+
+def _patches(hidden: Tensor) -> Tensor:
+    """The square grid of patches at the end of a vision stream's tokens [n, tokens, width]."""
     return hidden[:, hidden.shape[1] - math.isqrt(hidden.shape[1]) ** 2 :]
+
+
+@contextmanager
+def _tower_outputs(model: Any) -> Iterator[list[Tensor]]:
+    """While active, what the vision stream ends with [n, tokens, width], call by call.
+
+    Rows are those that the tower computed: hooks that repeat them for several questions come later.
+    """
+    seen: list[Tensor] = []
+    tower = family_of(model).streams(model)["vision"].root
+    handle = tower.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _restore(tensors: dict[str, Tensor], model: Any, head: nn.Module | None, optimizer: Optimizer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from comp_edge.tasks import task_class
+from comp_edge.reference.common import HEADS, PATCH, SIDE, WIDTH, questions_and_answers, widen
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
 VOCABULARY = 512
@@ -16,7 +16,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}USER:{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %} <image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
-SIDE, PATCH = 64, 8
 
 
 def build_tokenizer(corpus: list[str]) -> Any:
@@ -66,16 +65,6 @@ def build_processor(corpus: list[str]) -> Any:
     )
 
 
-def corpus() -> list[str]:
-    """Prompts and answers of both built-in tasks: one vocabulary serves either."""
-    texts: list[str] = []
-    for name in ("digit_vqa", "easy_vqa"):
-        # The questions are all that is needed here, so no processor is given.
-        for _, question, answer, _ in task_class(name)(None).split("train").questions[:20_000]:
-            texts.append(f"USER: {question} {answer}")
-    return texts
-
-
 def build(seed: int = 0) -> tuple[Any, Any]:
     """The untrained model and its processor.
 
@@ -84,26 +73,25 @@ def build(seed: int = 0) -> tuple[Any, Any]:
     """
     from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    processor = build_processor(corpus())
+    processor = build_processor([f"USER: {text}" for text in questions_and_answers()])
     tokenizer = processor.tokenizer
-    width = 96
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
             num_hidden_layers=6,
-            num_attention_heads=6,
+            num_attention_heads=HEADS,
             image_size=SIDE,
             patch_size=PATCH,
             hidden_act="gelu",
-            projection_dim=width,
+            projection_dim=WIDTH,
         ),
         text_config=LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=width,
+            hidden_size=WIDTH,
             intermediate_size=256,
             num_hidden_layers=4,
-            num_attention_heads=6,
+            num_attention_heads=HEADS,
             num_key_value_heads=3,
             max_position_embeddings=256,
             bos_token_id=tokenizer.bos_token_id,
@@ -118,12 +106,7 @@ def build(seed: int = 0) -> tuple[Any, Any]:
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():
-        # transformers' small-variance defaults train slowly at this width.
-        if parameter.ndim == 2 and "encoder.layers" in name:
-            torch.nn.init.trunc_normal_(parameter, std=0.7 * parameter.shape[1] ** -0.5)
-        elif "embed_tokens" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    widen(model, matrices="encoder.layers", tables="embed_tokens")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -15,6 +15,7 @@ from torch import Tensor
 from comp_edge.errors import InputError
 
 BUILT_IN = {
+    "digit_pairs": ("comp_edge.tasks.digit_pairs", "DigitPairs"),
     "digit_vqa": ("comp_edge.tasks.digit_vqa", "DigitVQA"),
     "easy_vqa": ("comp_edge.tasks.easy_vqa", "EasyVQA"),
     "synthetic": ("comp_edge.tasks.synthetic", "Synthetic"),

@@ -1,4 +1,5 @@
-"""The images and questions of `digit_vqa`: a 4x4 grid with three to six coloured handwritten digits."""
+"""The images of `digit_vqa` and `digit_pairs`, a 4x4 grid with three to six coloured handwritten digits; what is said of
+them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ NAMES = tuple(COLORS)
 KINDS = ("digit_of_color", "color_of_digit", "exists", "count", "color_and_digit_exists")
 SIZES = {"train": 12_000, "val": 1_500, "test": 1_500}
 QUESTIONS_PER_IMAGE = {"train": 8, "val": 5, "test": 5}
+CAPTIONS_PER_IMAGE = {"train": 4, "val": 1, "test": 1}
+GALLERY = 250  # images in a row of which no two show the same
 _SEEDS = {"train": 11, "val": 12, "test": 13}
+_PAIR_SEEDS = {"train": 21, "val": 22, "test": 23}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Scene:
     cells: np.ndarray
     colors: np.ndarray
     digits: np.ndarray
+
+    @property
+    def content(self) -> frozenset[tuple[int, int]]:
+        """Colour and digit of each object, wherever it lies: all that a caption tells."""
+        return frozenset(zip(self.colors.tolist(), self.digits.tolist(), strict=True))
 
 
 def glyph_pools() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -120,3 +129,38 @@ def generate(split: str) -> tuple[np.ndarray, np.ndarray, list[list]]:
             asked = "digit_of_color" if question.startswith("what digit") else kind
             questions.append([i, question, answer, KINDS.index(asked)])
     return images, cells, questions
+
+
+def caption(rng: np.random.Generator, scene: Scene) -> str:
+    """All objects of a scene in a random order, as "a red 7, a blue 3 and a green 1"."""
+    order = rng.permutation(len(scene.digits))
+    *others, last = (f"a {NAMES[scene.colors[i]]} {scene.digits[i]}" for i in order)
+    return f"{', '.join(others)} and {last}"
+
+
+def generate_pairs(split: str) -> tuple[np.ndarray, np.ndarray, list[list]]:
+    """All images and captions of a split, the same on every machine.
+
+    The images `GALLERY * i` to `GALLERY * (i + 1) - 1` show different things: a scene that one of them shows already is
+    drawn again. So no caption of theirs is true of another, and captions are distinct whatever their order.
+
+    Returns:
+        images [n, 64, 64, 3] uint8; cells [n, 16, 2] int8 as `generate`; captions as [image index, caption].
+    """
+    rng = np.random.default_rng(_PAIR_SEEDS[split])
+    glyphs, labels, pools = glyph_pools()
+    n = SIZES[split]
+    images = np.zeros((n, SIDE, SIDE, 3), np.uint8)
+    cells = np.tile(np.array([10, len(NAMES)], np.int8), (n, GRID * GRID, 1))
+    captions, shown = [], set()
+    for i in range(n):
+        if i % GALLERY == 0:
+            shown = set()
+        images[i], scene = draw(rng, glyphs, labels, pools[split])
+        while scene.content in shown:
+            images[i], scene = draw(rng, glyphs, labels, pools[split])
+        shown.add(scene.content)
+        cells[i, scene.cells, 0] = scene.digits
+        cells[i, scene.cells, 1] = scene.colors
+        captions += [[i, caption(rng, scene)] for _ in range(CAPTIONS_PER_IMAGE[split])]
+    return images, cells, captions

@@ -28,14 +28,23 @@ class PairTask:
     image and a text, the verdict of BLIP's matcher on the pairs and as many wrong ones. The score is recall@1: how many
     images find their text, among all for CLIP and SigLIP, among those of its batch for BLIP, which reads image and text
     together.
+
+    Args:
+        pairs_per_batch: of a training batch.
+        eval_batch: pairs of other batches.
+        within_batch: look for an image's text among those of its batch, whatever the model. A part of a split is then as
+            hard as the whole, and texts need to be distinct within a batch only.
     """
 
     name = "pairs"
     splits = ("train", "val", "test")
     least_examples = 2  # a single pair has nothing to be told apart from
 
-    def __init__(self, processor: Any, *, pairs_per_batch: int = 16, eval_batch: int = 64) -> None:
+    def __init__(
+        self, processor: Any, *, pairs_per_batch: int = 16, eval_batch: int = 64, within_batch: bool = False
+    ) -> None:
         self.processor, self.pairs_per_batch, self.eval_batch = processor, pairs_per_batch, eval_batch
+        self.within_batch = within_batch
         self._splits: dict[str, Split] = {}
 
     # ---- data
@@ -132,12 +141,14 @@ class PairTask:
     @torch.no_grad()
     def score(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
         """Recall@1 of the text for an image, 0..1."""
-        batches = list(batches)
-        if not batches:
+        right = total = 0
+        for gallery in ([batch] for batch in batches) if self.within_batch else [list(batches)]:
+            for table in self.comparison.similarities(model, gallery) if gallery else []:
+                right += int((table.argmax(1) == torch.arange(len(table))).sum())
+                total += len(table)
+        if not total:
             raise ValueError("there is nothing to score: no batches were given")
-        verdicts = self.comparison.similarities(model, batches)
-        right = sum(int((table.argmax(1) == torch.arange(len(table))).sum()) for table in verdicts)
-        return right / sum(len(table) for table in verdicts)
+        return right / total
 
     def example_inputs(self) -> dict[str, Tensor]:
         """Inputs of one request, as the model's `forward` takes them: one image, one text."""

@@ -275,7 +275,7 @@ def test_a_relative_path(processor, monkeypatch):
 
 
 def test_built_in_tasks():
-    assert sorted(BUILT_IN) == ["digit_vqa", "easy_vqa", "synthetic"]
+    assert sorted(BUILT_IN) == ["digit_pairs", "digit_vqa", "easy_vqa", "synthetic"]
     assert task_class("digit_vqa") is DigitVQA
 
 
