@@ -30,6 +30,7 @@ def measure(
     keep: float = 0.5,
     accumulate: int = 1,
     checkpointing: bool = False,
+    steps: int = 4,
     rounds: int = 3,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def measure(
         batch: images of a training batch (pairs, for tasks of pairs).
         keep: fraction of the MACs that the pass keeps.
         accumulate, checkpointing: of both ways.
+        steps: optimizer steps, of a stage and at the end; plain fine-tuning has as many as a stage and the end.
 
     Returns:
         `ratio` of the peaks (median of the rounds), and for each way its median `bytes` above what the imports hold and
@@ -57,6 +59,7 @@ def measure(
         "keep": keep,
         "accumulate": accumulate,
         "checkpointing": checkpointing,
+        "steps": steps,
     }
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for round_ in range(rounds):
@@ -78,13 +81,9 @@ def run(
     keep: float,
     accumulate: int,
     checkpointing: bool,
-    steps: int = 4,
+    steps: int,
 ) -> dict[str, float]:
-    """One of the `WAYS` in this process: peak bytes above what it held before, and seconds.
-
-    Args:
-        steps: optimizer steps, of a stage and at the end; of plain fine-tuning as many as of both.
-    """
+    """One of the `WAYS` in this process (see `measure`): peak bytes above what it held before, and seconds."""
     import torch
 
     import comp_edge

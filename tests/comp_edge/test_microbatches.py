@@ -11,7 +11,7 @@ from torch import Tensor
 
 import comp_edge
 from comp_edge.errors import InputError
-from comp_edge.microbatches import micro_batches
+from comp_edge.microbatches import micro_batches, unshared
 from comp_edge.recovery import Distillation
 from comp_edge.schedule import attach
 from comp_edge.tasks.packing import take_rows
@@ -139,3 +139,18 @@ def test_the_plan_is_the_whole_batchs(make_model: Any, tiny_task: Any) -> None:
             torch.testing.assert_close(parts.model.state_dict()[name], value, atol=1e-5, rtol=0, msg=name)
     inputs = tiny_task.example_inputs()
     torch.testing.assert_close(parts.model(**inputs).logits, whole.model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_shared_any_more_is_cut(make_model: Any, tiny_task: Any, batch: dict[str, Tensor]) -> None:
+    """Three questions an image: together 4 x 16 image tokens and 12 texts; each alone, 12 x 16 and the texts."""
+    model, text = make_model(), batch["input_ids"].shape[1] - 16
+    assert unshared(model, batch) == 1
+    for language, mean in (((24, 24, 24), None), ((24, 20, 16), 20 / 24), ((24, 12, 6), 14 / 24)):
+        attach(model, {"vision": (17, 17, 17), "language": language})
+        expected = 1 if mean is None else max(1, round(mean * 12 * (16 + text) / (4 * 16 + 12 * text)))
+        assert unshared(model, batch) == expected
+    many = {name: value[:1].repeat(12, *[1] * (value.ndim - 1)) for name, value in batch.items()}
+    attach(model, {"vision": (17, 17, 17), "language": (24, 24, 23)})
+    assert unshared(model, many) == round(71 / 72 * 12 * (16 + text) / (16 + 12 * text)) >= 2
+    attach(model, {"vision": (17, 12, 9), "language": (16, 16, 16)})
+    assert unshared(model, many) == 1
