@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comp_edge.selectors import spaced
-from comp_edge.strategy import MPS, MPSConfig, history_weight, prices_of
+from comp_edge.settings import PruneConfig
+from comp_edge.strategy import MPS, STRATEGIES, MPSConfig, history_weight, prices_of, strategy_modes, turn
 
 MODES = ["vision_params", "language_params", "vision_tokens", "language_tokens"]
 NEVER, ALWAYS = MPSConfig(explore=0.0), MPSConfig(explore=1.0)
@@ -138,3 +139,40 @@ def test_spaced_points(count):
     assert len(chosen) == min(count, 8) == len(set(chosen)) and chosen == sorted(chosen)
     if points:
         assert (chosen[0], chosen[-1]) == (points[0], points[-1])
+
+
+def test_without_cost_awareness_the_modes_take_turns():
+    """Whatever they cost, and with a mode that cannot go on left out."""
+    mps, chosen = MPS(MPSConfig(cost_aware=False, explore=1.0)), []
+    for stage in range(9):
+        modes = [mode for mode in MODES if stage < 6 or mode != "vision_params"]
+        mode, why = mps.choose(modes, stage=stage, rng=np.random.default_rng(stage))
+        assert why == ("first try" if stage < 4 else "in turn")
+        mps.update(mode, stage=stage, score_change=-0.1 * MODES.index(mode), cost_change=-0.1)
+        chosen.append(mode)
+    assert chosen == [*MODES, *MODES[:2], *MODES[2:], MODES[1]]
+
+
+@given(st.lists(st.text(max_size=2), min_size=1, max_size=4, unique=True), st.integers(0, 50))
+def test_turns(kinds, stage):
+    order = turn(kinds, stage)
+    assert sorted(order) == sorted(kinds) and order[0] == kinds[stage % len(kinds)]
+    assert turn(kinds, stage + len(kinds)) == order
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [("params", MODES[:2]), ("tokens", MODES[2:]), ("joint", MODES), ("comp", MODES), ("probe", MODES)],
+)
+def test_modes_of_a_strategy(strategy, expected):
+    assert strategy_modes(strategy, MODES) == expected
+
+
+def test_what_a_strategy_decides_where_nothing_was_given():
+    for strategy in STRATEGIES:
+        config = PruneConfig().of(strategy)
+        assert config.cip == config.cit == (strategy in ("comp", "probe"))
+        assert config.importance == ("fisher" if strategy == "probe" else "wanda")
+        given_ = PruneConfig(cip=True, cit=False, importance="taylor").of(strategy)
+        assert (given_.cip, given_.cit, given_.importance) == (True, False, "taylor")
+    assert PruneConfig(stage_steps=0, final_steps=0).of("probe").importance == "wanda"  # no gradients there
