@@ -19,6 +19,7 @@ from comp_edge.bench.memory import run
 print(json.dumps(run(sys.argv[1], **json.loads(sys.argv[2]))))
 """
 WAYS = ("plain", "prune")
+VALIDATION = 250  # examples that score a stage: one batch, as more need time but no memory
 
 
 def measure(
@@ -102,7 +103,12 @@ def run(
         if hasattr(data, name):
             setattr(data, name, batch)
     config = PruneConfig(
-        stages=3, stage_steps=steps, final_steps=steps, accumulate=accumulate, checkpointing=checkpointing
+        stages=2,
+        stage_steps=steps,
+        final_steps=steps,
+        val_examples=VALIDATION,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
     )
     if way == "plain":
         _fine_tune(dense, data, config, steps=2 * steps)

@@ -23,7 +23,11 @@ TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in r
 
 
 def _trained(tokenizer: Tokenizer, corpus: list[str], trainer: Any) -> tuple[Any, list[tuple[str, str]]]:
-    """Vocabulary (unigrams with their scores) and merges."""
+    """Vocabulary (unigrams with their scores) and merges.
+
+    Letters that carry a mark (`##a`, `a</w>`) should be among the trainer's special tokens: it numbers the others in the
+    order of a hash table, which is another one in every process, and breaks ties between merges by these numbers.
+    """
     tokenizer.train_from_iterator(corpus, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [(left, right) for left, right in model.get("merges", [])]
@@ -48,13 +52,14 @@ def clip(corpus: list[str], vocabulary: int, *, length: int) -> Any:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(BYTES) - 2,  # leaves room for every byte at the end of a word
+        vocab_size=vocabulary - 2,
+        special_tokens=[byte + "</w>" for byte in BYTES],  # see `_trained`
         initial_alphabet=BYTES,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     vocab, merges = _trained(tokenizer, corpus, trainer)
-    for token in (*(byte + "</w>" for byte in BYTES), "<|startoftext|>", "<|endoftext|>"):
+    for token in ("<|startoftext|>", "<|endoftext|>"):
         vocab.setdefault(token, len(vocab))
     return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
@@ -123,14 +128,12 @@ def blip(corpus: list[str], vocabulary: int, *, length: int) -> Any:
     tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     letters = [character for character in ASCII if not character.isupper()]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary - len(letters),
-        special_tokens=list(specials),
+        vocab_size=vocabulary,
+        special_tokens=[*specials, *(f"##{letter}" for letter in letters)],  # see `_trained`
         initial_alphabet=letters,
         show_progress=False,
     )
     vocab, _ = _trained(tokenizer, corpus, trainer)
-    for letter in letters:
-        vocab.setdefault(f"##{letter}", len(vocab))
     return transformers.BertTokenizer(
         vocab=vocab, bos_token="[DEC]", additional_special_tokens=["[ENC]"], model_max_length=length
     )

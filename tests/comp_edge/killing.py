@@ -98,6 +98,18 @@ def in_the_exchange() -> None:
     files.os.replace = deadly
 
 
+def in_the_clearing() -> None:
+    """Die when the new folder is there, and the checkpoint is still there too."""
+    genuine = shutil.rmtree
+
+    def deadly(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name.endswith(session.WORK_SUFFIX):
+            die()
+        genuine(path, *args, **kwargs)  # what earlier kills left is put away before
+
+    shutil.rmtree = deadly
+
+
 # In this order one run after the other is killed; each takes up what the one before left.
 POINTS: dict[str, Callable[[], None]] = {
     "before anything is written": before(session.Session, "start"),
@@ -115,7 +127,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "when all is trained": before(session.Session, "save"),
     "while the folder is written": before(session, "write_card"),
     "while the folders are exchanged": in_the_exchange,
-    "before the checkpoint is removed": before(shutil, "rmtree"),
+    "before the checkpoint is removed": in_the_clearing,
 }
 
 
