@@ -17,7 +17,7 @@ from comp_edge.calibrate import model_inputs
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
 from comp_edge.reference.processors import build_processor, config_for
-from comp_edge.selectors import _parts
+from comp_edge.selectors import cut
 from comp_edge.settings import PruneConfig
 from comp_edge.surgery import apply_plan
 from comp_edge.tasks import Task, load_task, vqa
@@ -305,7 +305,7 @@ def test_batches_can_be_cut(name: str) -> None:
         return  # padding of a question leaks into its answer where nothing sees to it
     whole = case.outputs(model, inputs)
     done = 0
-    for part in _parts([batch], 4, least=2):
+    for part in cut([batch], 4, least=2):
         rows = case.outputs(model, model_inputs(model, part))
         assert len(rows) >= 2
         for a, b in zip(rows, whole[done : done + len(rows)], strict=True):
@@ -317,9 +317,9 @@ def test_batches_can_be_cut(name: str) -> None:
 def test_batches_that_cannot_be_cut_stay_whole() -> None:
     """As a processor gives them: the patches of two images behind each other."""
     batch = {"input_ids": torch.zeros(2, 5), "pixel_values": torch.zeros(40, 96)}
-    assert [part is batch for part in _parts([batch], 4, least=1)] == [True]
+    assert [part is batch for part in cut([batch], 4, least=1)] == [True]
     single = {"input_ids": torch.zeros(1, 5)}
-    assert [len(part["input_ids"]) for part in _parts([single], 4, least=2)] == [1]
+    assert [len(part["input_ids"]) for part in cut([single], 4, least=2)] == [1]
 
 
 def test_large_images_make_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
