@@ -36,8 +36,8 @@ def read_json(path: str | Path, *, what: str) -> Any:
         raise InputError(f"{what} {str(path)!r} cannot be read: {error}.") from None
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically: through a temporary file in the same folder, then a rename.
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file atomically: through a temporary file in the same folder, then a rename.
 
     Raises:
         InputError: the folder cannot be written to (read-only, full, missing).
@@ -47,8 +47,8 @@ def write_text(path: str | Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private; it is for others to read
                 os.fsync(file.fileno())
@@ -60,8 +60,13 @@ def write_text(path: str | Path, text: str) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from None
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically (see `write_bytes`)."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON atomically (see `write_text`)."""
+    """Write JSON atomically (see `write_bytes`)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from comp_edge.errors import InputError
 from comp_edge.schedule import active_schedule
+from comp_edge.tasks.dialogue import IGNORE
 from comp_edge.tasks.packing import examples, take_rows
-
-IGNORE = -100  # of targets: nothing to predict
 
 
 def micro_batches(

@@ -65,8 +65,22 @@ class Selector(Protocol):
         """Take over what `to_json` gave."""
 
 
+class _Memoryless:
+    """Of selectors to which it does not matter what a stage did."""
+
+    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
+        """Nothing: turns are fixed, or the next stage looks for itself."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Nothing is remembered."""
+        return {}
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
+
+
 @dataclass
-class FixedSelector:
+class FixedSelector(_Memoryless):
     """The baselines `params`, `tokens` and `joint`: parameters and tokens in turn, each of all streams at once.
 
     Parameters of all streams share one ranking, and tokens of all streams one threshold, as methods for a single mode have
@@ -85,16 +99,6 @@ class FixedSelector:
             if proposal is not None:
                 return proposal, {"why": "in turn"}
         return None, {}
-
-    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
-        """Nothing: turns are fixed."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Nothing is remembered."""
-        return {}
-
-    def restore(self, value: Mapping[str, Any]) -> None:
-        """Nothing is remembered."""
 
 
 @dataclass
@@ -133,7 +137,7 @@ class CompSelector:
 
 
 @dataclass
-class ProbeSelector:
+class ProbeSelector(_Memoryless):
     """Ours: try every action for a moment on the current weights; the least loss per unit of cost saved wins.
 
     Actions are finer than modes: heads and channels apart, and token counts from each layer on. Units are ranked by
@@ -181,16 +185,6 @@ class ProbeSelector:
     def _loss(self, setting: Setting, old: State, new: State) -> float:
         apply_state(setting.masks, setting.schedule, old, new, fade=0.0, cit=setting.config.cit)
         return sum(setting.loss(setting.model, batch) for batch in setting.probe) / len(setting.probe)
-
-    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
-        """Nothing: the next stage looks for itself."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Nothing is remembered."""
-        return {}
-
-    def restore(self, value: Mapping[str, Any]) -> None:
-        """Nothing is remembered."""
 
 
 class Importances:

@@ -1,20 +1,20 @@
-"""What long measurements share: finished parts on disk, one whole file each, and a dense model for each seed."""
+"""What long measurements share: finished parts on disk, one whole file each, jobs for the others, a dense model a seed."""
 
 from __future__ import annotations
 
 import fcntl
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from comp_edge.bench.method.pool import Failure, Job, run_jobs
 from comp_edge.checkpoint import is_pruned, resolve
 from comp_edge.errors import InputError
 from comp_edge.files import read_json, write_json
 
 LOCK_FILE, PARTS = ".lock", "parts"
+RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
 
 
 def finished_part(path: Path, options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -42,6 +42,64 @@ def finished_part(path: Path, options: Mapping[str, Any]) -> dict[str, Any] | No
 def write_part(path: Path, record: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Write a finished part, with the options that `finished_part` compares."""
     write_json(path, {**record, "options": dict(options)})
+
+
+def finished_parts(out: Path, *, counts: Callable[[dict[str, Any]], bool] = lambda part: True) -> list[dict[str, Any]]:
+    """All finished parts of a folder, by name.
+
+    Args:
+        counts: whether a part is one that there is something to report of.
+
+    Raises:
+        InputError: there is none that counts.
+    """
+    parts = [read_json(path, what="part") for path in sorted((out / PARTS).glob("*.json"))]
+    if not any(map(counts, parts)):
+        raise InputError(f"{str(out)!r} holds no finished parts; run the command without --redo first.")
+    return parts
+
+
+def write_results(out: Path, parts: list[dict[str, Any]], *, command: str | None) -> dict[str, Any]:
+    """Write results.json; returns what it holds.
+
+    Args:
+        command: as it was given; None: as it was written before.
+    """
+    if command is None and (out / RESULTS_FILE).is_file():
+        command = read_json(out / RESULTS_FILE, what="results").get("command")
+    results = {"command": command, "parts": parts}
+    write_json(out / RESULTS_FILE, results)
+    return results
+
+
+def run_parts(
+    out: Path,
+    list_jobs: Callable[[], Iterable[Job]],
+    *,
+    workers: int,
+    initialize: Callable[[], None],
+    on_progress: Callable[[int, int, str], None],
+) -> list[Failure]:
+    """Run what is not finished, alone in a folder; returns the jobs that went wrong.
+
+    Args:
+        list_jobs: called when the folder is this run's.
+        initialize: called in every worker process; must be picklable.
+        on_progress: how much is done, of how much, what is going on.
+
+    Raises:
+        InputError: another run is at work in the folder; see also `list_jobs`.
+    """
+    with alone(out):
+        jobs = list(list_jobs())
+        total = sum(job.steps for job in jobs)
+        return run_jobs(
+            jobs,
+            workers=workers,
+            initialize=initialize,
+            on_progress=lambda done, text: on_progress(done, total, text),
+            on_end=lambda job, failure: None,
+        )
 
 
 def dense_model(name: str, seed: int, given: Path | None) -> str:
@@ -81,19 +139,3 @@ def alone(out: Path) -> Iterator[None]:
         except OSError:
             raise InputError(f"another run is at work in {str(out)!r}; wait for it or give another --out.") from None
         yield
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """A file that appears whole or not at all.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,8 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from comp_edge.bench.method.options import flat
-from comp_edge.bench.method.pool import Failure, Job, run_jobs
-from comp_edge.bench.parts import PARTS, alone, finished_part, write_part
+from comp_edge.bench.method.pool import Failure, Job
+from comp_edge.bench.parts import PARTS, finished_part, run_parts, write_part
 from comp_edge.bench.ranking_statistics import agreement, fidelity
 from comp_edge.bench.ranking_tokens import LIFTED, TOKENS, Taken, forks, measured_layers, rankings, take_tokens
 from comp_edge.bench.ranking_units import (
@@ -128,20 +128,14 @@ def run(
     Raises:
         InputError: the folder holds parts with other options, or another run is at work in it.
     """
-    with alone(courses[0].out):
-        jobs = []
+
+    def list_jobs() -> Iterator[Job]:
         for course in courses:
             if count := len(course.open()):
-                call = functools.partial(run_course, course)
-                jobs.append(Job(f"seed {course.seed}", call, POINTS * count, f"seed {course.seed}"))
-        total = sum(job.steps for job in jobs)
-        return run_jobs(
-            jobs,
-            workers=workers,
-            initialize=initialize,
-            on_progress=lambda done, text: on_progress(done, total, text),
-            on_end=lambda job, failure: None,
-        )
+                name = f"seed {course.seed}"
+                yield Job(name, functools.partial(run_course, course), POINTS * count, name)
+
+    return run_parts(courses[0].out, list_jobs, workers=workers, initialize=initialize, on_progress=on_progress)
 
 
 def run_course(course: Course, tell: Callable[[int, str], None]) -> None:

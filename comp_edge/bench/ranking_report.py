@@ -12,20 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from comp_edge.bench.method.statistics import Spread, spread
-from comp_edge.bench.method.table import percent
-from comp_edge.bench.parts import PARTS, write_bytes
+from comp_edge.bench.method.table import PLUS_MINUS, markdown, percent
+from comp_edge.bench.parts import TABLE_FILE, finished_parts, write_results
 from comp_edge.bench.ranking_tokens import BASE, CIT, LIFTED, TOKENS
 from comp_edge.bench.ranking_units import CHANNELS, GROUPS, HEADS, IMPORTANCES, MAGNITUDE, RANDOM
-from comp_edge.errors import InputError
-from comp_edge.files import read_json, write_json, write_text
+from comp_edge.files import write_bytes, write_text
 from comp_edge.report import words
 from comp_edge.report.theme import color, png, style
 
-RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "results.json", "table.md", "ranking.png"
+PICTURE_FILE = "ranking.png"
 KINDS = (HEADS, GROUPS, CHANNELS, TOKENS, LIFTED)
 NAMES = (*IMPORTANCES, BASE, CIT, MAGNITUDE, RANDOM)
 AGREEMENT = "the other half"
-PLUS_MINUS = "\u00b1"
 # CIM's importances, and what they add to.
 CORRECTED = (("wanda + CIP", "wanda"), (CIT, BASE))
 PAINTS = {
@@ -44,9 +42,7 @@ Part = dict[str, Any]
 
 def load_parts(out: Path) -> list[Part]:
     """The finished parts of a folder, by reduction and seed, without the single measurements."""
-    parts = [read_json(path, what="part") for path in sorted((out / PARTS).glob("*.json"))]
-    if not parts:
-        raise InputError(f"{str(out)!r} holds no finished parts; run the command without --redo first.")
+    parts = finished_parts(out)
     parts.sort(key=lambda part: (part["reduction"], part["seed"]))
     return [{name: value for name, value in part.items() if name != "units"} for part in parts]
 
@@ -58,11 +54,8 @@ def write_report(out: Path, *, command: str | None) -> dict[str, Any]:
         command: as it was given; None: as it was written before.
     """
     parts = load_parts(out)
-    if command is None and (out / RESULTS_FILE).is_file():
-        command = read_json(out / RESULTS_FILE, what="results").get("command")
-    results = {"command": command, "parts": parts}
-    write_json(out / RESULTS_FILE, results)
-    write_text(out / TABLE_FILE, table(parts, command=command))
+    results = write_results(out, parts, command=command)
+    write_text(out / TABLE_FILE, table(parts, command=results["command"]))
     with style():
         write_bytes(out / PICTURE_FILE, png(figure(parts), dpi=DPI))
     return results
@@ -143,7 +136,7 @@ def _states(parts: Sequence[Part]) -> str:
         )
         cells = (_spread(spread([part[name] for part in mine]), 4) for name in ("loss", "val_score", "cost"))
         rows.append([percent(reduction), *cells, counts])
-    return _markdown(["reduction", "training loss", "validation score", "cost", "removals"], rows)
+    return markdown(["reduction", "training loss", "validation score", "cost", "removals"], rows)
 
 
 def _grid(parts: Sequence[Part], kind: str, size: str) -> str:
@@ -155,7 +148,7 @@ def _grid(parts: Sequence[Part], kind: str, size: str) -> str:
             pair = (over_seeds(values(parts, kind, name, f"{w}{size}", reduction)) for w in ("within", "across"))
             cells.append(" / ".join(_spread(value, 2) for value in pair))
         rows.append([f"`{name}`", *cells])
-    return _markdown([kind, *map(percent, reductions)], rows)
+    return markdown([kind, *map(percent, reductions)], rows)
 
 
 def _corrections(parts: Sequence[Part]) -> str:
@@ -170,7 +163,7 @@ def _corrections(parts: Sequence[Part]) -> str:
                 found = (difference(parts, kind, pair, which, reduction) for which in ("within", "across"))
                 cells.append(" / ".join(_spread(value, 3, signed=True) for value in found))
             rows.append([f"`{pair[0]}` minus `{pair[1]}`, {kind}", *cells])
-    return _markdown(["difference of rho, paired by seed", *map(percent, reductions)], rows)
+    return markdown(["difference of rho, paired by seed", *map(percent, reductions)], rows)
 
 
 def _spread(value: Spread | None, digits: int, *, signed: bool = False) -> str:
@@ -178,11 +171,6 @@ def _spread(value: Spread | None, digits: int, *, signed: bool = False) -> str:
         return words.DASH
     number = words.signed(f"{value.mean:{'+' if signed else ''}.{digits}f}")
     return number if value.n < 2 else f"{number} {PLUS_MINUS} {value.std:.{digits}f}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 # ---- the picture

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from comp_edge.bench.method.statistics import paired_difference, spread
-from comp_edge.bench.method.table import percent, spread_text
-from comp_edge.bench.parts import PARTS
+from comp_edge.bench.method.table import PLUS_MINUS, markdown, percent, spread_text
+from comp_edge.bench.parts import TABLE_FILE, finished_parts, write_results
 from comp_edge.bench.thresholds_run import ARMS, DYNAMIC, SCHEDULE, STATIC
-from comp_edge.errors import InputError
-from comp_edge.files import read_json, write_json, write_text
+from comp_edge.files import write_text
 from comp_edge.report import words
 
-RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
-PLUS_MINUS = "\u00b1"
 Part = dict[str, Any]
 
 
@@ -28,15 +25,10 @@ def write_report(out: Path, *, command: str | None) -> dict[str, Any]:
     Raises:
         InputError: nothing is finished.
     """
-    parts = [read_json(path, what="part") for path in sorted((out / PARTS).glob("*.json"))]
-    if not any(part["arm"] in ARMS for part in parts):
-        raise InputError(f"{str(out)!r} holds no finished parts; run the command without --redo first.")
+    parts = finished_parts(out, counts=lambda part: part["arm"] in ARMS)
     parts.sort(key=lambda part: (part["reduction"], part["seed"], (SCHEDULE, *ARMS).index(part["arm"])))
-    if command is None and (out / RESULTS_FILE).is_file():
-        command = read_json(out / RESULTS_FILE, what="results").get("command")
-    results = {"command": command, "parts": parts}
-    write_json(out / RESULTS_FILE, results)
-    write_text(out / TABLE_FILE, table(parts, command=command))
+    results = write_results(out, parts, command=command)
+    write_text(out / TABLE_FILE, table(parts, command=results["command"]))
     return results
 
 
@@ -79,7 +71,7 @@ def _scores(parts: Sequence[Part], reductions: Sequence[float]) -> str:
             cells += [words.signed(f"{found.mean:+.4f}"), error]
         rows.append([percent(reduction), *cells, spread_text(spread(macs)) if macs else words.DASH])
     head = ["reduction", STATIC, DYNAMIC, "dynamic minus static", "standard error", "MACs of dynamic / static"]
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _counts(parts: Sequence[Part]) -> str:
@@ -91,9 +83,4 @@ def _counts(parts: Sequence[Part]) -> str:
             for mean, std in zip(part["counts"], part["deviations"], strict=True)
         ]
         rows.append([f"{part['arm']}, seed {part['seed']}", *cells])
-    return _markdown([f"mean {PLUS_MINUS} deviation over images", *(f"layer {i}" for i in layers)], rows)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    return markdown([f"mean {PLUS_MINUS} deviation over images", *(f"layer {i}" for i in layers)], rows)

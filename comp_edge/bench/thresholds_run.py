@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 
 from comp_edge.bench.method.dense import test_batches
 from comp_edge.bench.method.options import flat
-from comp_edge.bench.method.pool import Failure, Job, run_jobs
-from comp_edge.bench.parts import PARTS, alone, finished_part, write_part
+from comp_edge.bench.method.pool import Failure, Job
+from comp_edge.bench.parts import PARTS, finished_part, run_parts, write_part
 from comp_edge.bench.thresholds import (
     STREAM,
     Thresholds,
@@ -110,20 +110,14 @@ def run(
     Raises:
         InputError: the folder holds parts with other options, or another run is at work in it.
     """
-    with alone(comparisons[0].out):
-        jobs = [
-            Job(name := f"reduction {c.reduction} seed {c.seed}", functools.partial(run_comparison, c), c.cost, name)
-            for c in comparisons
-            if c.cost
-        ]
-        total = sum(job.steps for job in jobs)
-        return run_jobs(
-            jobs,
-            workers=workers,
-            initialize=initialize,
-            on_progress=lambda done, text: on_progress(done, total, text),
-            on_end=lambda job, failure: None,
-        )
+
+    def list_jobs() -> Iterator[Job]:
+        for comparison in comparisons:
+            if cost := comparison.cost:
+                name = f"reduction {comparison.reduction} seed {comparison.seed}"
+                yield Job(name, functools.partial(run_comparison, comparison), cost, name)
+
+    return run_parts(comparisons[0].out, list_jobs, workers=workers, initialize=initialize, on_progress=on_progress)
 
 
 def run_comparison(comparison: Comparison, tell: Callable[[int, str], None]) -> None:

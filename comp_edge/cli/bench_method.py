@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from comp_edge.cli import common
+from comp_edge.cli import bench_parts, common
 
 DESCRIPTION = """\
 Prune models by several strategies to several reductions, from several dense models each, and compare the test scores.
@@ -56,11 +56,11 @@ def add(kinds: Any) -> None:
         "--ours", metavar="STRATEGY", help=f"the strategy that is compared with every other one (default: {OURS})"
     )
     parser.add_argument(
-        "--reductions", nargs="+", type=common.fraction, help=f"of the MACs (default: {_list(REDUCTIONS)})"
+        "--reductions", nargs="+", type=common.fraction, help=f"of the MACs (default: {bench_parts.listed(REDUCTIONS)})"
     )
     parser.add_argument(
         "--dense-seeds", nargs="+", type=common.natural, metavar="N",
-        help=f"seeds of dense models; 0 is the shipped one, others are trained (default: {_list(SEEDS)})",
+        help=f"seeds of dense models; 0 is the shipped one, others are trained (default: {bench_parts.listed(SEEDS)})",
     )  # fmt: skip
     parser.add_argument(
         "--prune-seeds", nargs="+", type=common.natural, metavar="N", help="one for each dense seed (default: the same)"
@@ -210,7 +210,3 @@ def _recipe(target: Any, steps: int | None) -> Any:
     steps = steps or known.steps or STEPS.get(target.model, train.STEPS)
     images = known.images or train.IMAGES
     return Recipe(steps=steps, images=images, pairs=known.images, lr=known.lr, matrix_lr=known.matrix_lr)
-
-
-def _list(values: Any) -> str:
-    return " ".join(map(str, values))

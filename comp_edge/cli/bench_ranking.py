@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
-from comp_edge.cli import common
+from comp_edge.cli import bench_parts, common
 
 DESCRIPTION = """\
 Spearman correlation between each importance and what the loss on training data really does when one unit or one token is
@@ -38,72 +35,48 @@ def add(kinds: Any) -> None:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a dense model of questions about images")
     parser.add_argument("--task", default="digit_vqa", help="digit_vqa, easy_vqa or path/to/file.py:ClassName")
-    parser.add_argument("-o", "--out", type=Path, help="folder to write to (default: bench-ranking)")
     parser.add_argument(
         "--reductions", nargs="+", type=_reduction, metavar="R",
         help=f"of the MACs; 0 is the dense model (default: {' '.join(f'{r:g}' for r in REDUCTIONS)})",
     )  # fmt: skip
-    parser.add_argument(
-        "--seeds", nargs="+", type=common.natural, metavar="N", help=f"of the pruning (default: {_list(SEEDS)})"
+    bench_parts.add_options(
+        parser,
+        name="ranking",
+        seeds=f"of the pruning (default: {bench_parts.listed(SEEDS)})",
+        dense="each seed's dense model, as FOLDER/MODEL-SEED; by default all prune MODEL",
+        quick="two reductions, one seed, few steps and removals",
+        redo="measure nothing: table and picture from what is finished",
     )
-    parser.add_argument(
-        "--dense",
-        type=Path,
-        metavar="FOLDER",
-        help="each seed's dense model, as FOLDER/MODEL-SEED; by default all prune MODEL",
-    )
-    parser.add_argument("--options", metavar="NAME=VALUE,...", help="fields of comp_edge.PruneConfig")
-    parser.add_argument(
-        "--jobs", type=common.count, default=2, metavar="N", help="worker processes of one thread each (default: 2)"
-    )
-    parser.add_argument("--quick", action="store_true", help="two reductions, one seed, few steps and removals")
-    parser.add_argument("--redo", action="store_true", help="measure nothing: table and picture from what is finished")
-    parser.add_argument("--json", action="store_true", help="print results.json on stdout")
     parser.set_defaults(run=run)
 
 
 def run(arguments: Any) -> int:
     """Measure what is missing, and report; 1 when a seed went wrong."""
-    arguments.out = arguments.out or Path("bench-ranking-quick" if arguments.quick else "bench-ranking")
-    failures, command = [], None
-    if not arguments.redo:
-        command = shlex.join(["comp-edge", *sys.argv[1:]])
-        failures = _run(arguments)
-    from comp_edge.bench.ranking_report import TABLE_FILE, write_report  # brings matplotlib
 
-    for failure in failures:
-        print(f"{failure.kind}: {failure.key}: {failure.reason}", file=sys.stderr)
-    if failures and not any((arguments.out / "parts").glob("*.json")):
-        return 1
-    results = write_report(arguments.out, command=command)
-    if arguments.json:
-        common.print_json(results)
-    else:
-        print((arguments.out / TABLE_FILE).read_text(encoding="utf-8"))
-    return int(bool(failures))
+    def write_report(*given: Any, **options: Any) -> dict[str, Any]:
+        from comp_edge.bench import ranking_report  # brings matplotlib
+
+        return ranking_report.write_report(*given, **options)
+
+    return bench_parts.run(arguments, name="ranking", measure=_run, write_report=write_report)
 
 
 def _run(arguments: Any) -> list[Any]:
-    from comp_edge.bench.method.options import with_options
     from comp_edge.bench.parts import dense_model
     from comp_edge.bench.ranking import Course, Extent
     from comp_edge.bench.ranking import run as run_courses
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable
-    from comp_edge.settings import PruneConfig
     from comp_edge.tasks import task_class
 
     quick = arguments.quick
-    model = arguments.model or (default_model(QUICK_MODELS) if quick else None)
-    if model is None:
-        raise InputError("give a MODEL, such as blip-digits; only --quick and --redo do without one.")
+    model = bench_parts.chosen_model(arguments, QUICK_MODELS)
     reductions = tuple(sorted(set(arguments.reductions or (QUICK_REDUCTIONS if quick else REDUCTIONS))))
     if reductions[-1] == 0:
         raise InputError("--reductions 0 asks for the dense model alone; give at least one above 0, to prune to.")
     task_class(arguments.task)
     check_writable(arguments.out)
-    config = with_options(PruneConfig(), QUICK_OPTIONS if quick else "", where="--quick")
-    config = with_options(config, arguments.options or "", where="--options")
+    config = bench_parts.chosen_config(arguments, QUICK_OPTIONS)
     courses = [
         Course(
             out=arguments.out,
@@ -121,14 +94,6 @@ def _run(arguments: Any) -> list[Any]:
         return run_courses(courses, workers=arguments.jobs, initialize=common.quiet_libraries, on_progress=update)
 
 
-def default_model(names: tuple[str, ...]) -> str:
-    """The first of these reference models that is shipped."""
-    from comp_edge.checkpoint import CONFIG_FILE
-    from comp_edge.reference import asset_folder
-
-    return next((name for name in names if (asset_folder(name) / CONFIG_FILE).is_file()), names[-1])
-
-
 def _reduction(text: str) -> float:
     try:
         value = float(text)
@@ -137,7 +102,3 @@ def _reduction(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0 and below 1")
     return value
-
-
-def _list(values: Any) -> str:
-    return " ".join(map(str, values))

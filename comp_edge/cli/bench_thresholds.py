@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
-from comp_edge.cli import common
-from comp_edge.cli.bench_ranking import default_model
+from comp_edge.cli import bench_parts, common
 
 DESCRIPTION = """\
 Take the token schedule that the `tokens` strategy finds for a reduction, and train the dense model twice under it: with the
@@ -43,69 +39,43 @@ def add(kinds: Any) -> None:
     parser.add_argument(
         "--task", default="digit_vqa", help="digit_vqa, digit_pairs, easy_vqa or path/to/file.py:ClassName"
     )
-    parser.add_argument("-o", "--out", type=Path, help="folder to write to (default: bench-thresholds)")
     parser.add_argument(
-        "--reductions", nargs="+", type=common.fraction, metavar="R", help=f"of the MACs (default: {_list(REDUCTIONS)})"
-    )
-    parser.add_argument("--seeds", nargs="+", type=common.natural, metavar="N", help=f"(default: {_list(SEEDS)})")
+        "--reductions", nargs="+", type=common.fraction, metavar="R",
+        help=f"of the MACs (default: {bench_parts.listed(REDUCTIONS)})",
+    )  # fmt: skip
     parser.add_argument(
         "--steps", type=common.count, metavar="N", help=f"optimizer steps of each side (default: {STEPS})"
     )
-    parser.add_argument(
-        "--dense",
-        type=Path,
-        metavar="FOLDER",
-        help="each seed's dense model, as FOLDER/MODEL-SEED; by default all begin with MODEL",
+    bench_parts.add_options(
+        parser,
+        name="thresholds",
+        seeds=f"(default: {bench_parts.listed(SEEDS)})",
+        dense="each seed's dense model, as FOLDER/MODEL-SEED; by default all begin with MODEL",
+        quick="one reduction, one seed, few steps",
+        redo="run nothing: the table from what is finished",
     )
-    parser.add_argument("--options", metavar="NAME=VALUE,...", help="fields of comp_edge.PruneConfig")
-    parser.add_argument(
-        "--jobs", type=common.count, default=2, metavar="N", help="worker processes of one thread each (default: 2)"
-    )
-    parser.add_argument("--quick", action="store_true", help="one reduction, one seed, few steps")
-    parser.add_argument("--redo", action="store_true", help="run nothing: the table from what is finished")
-    parser.add_argument("--json", action="store_true", help="print results.json on stdout")
     parser.set_defaults(run=run)
 
 
 def run(arguments: Any) -> int:
     """Run what is missing, and report; 1 when a comparison went wrong."""
-    from comp_edge.bench.thresholds_report import TABLE_FILE, write_report
+    from comp_edge.bench.thresholds_report import write_report
 
-    arguments.out = arguments.out or Path("bench-thresholds-quick" if arguments.quick else "bench-thresholds")
-    failures, command = [], None
-    if not arguments.redo:
-        command = shlex.join(["comp-edge", *sys.argv[1:]])
-        failures = _run(arguments)
-    for failure in failures:
-        print(f"{failure.kind}: {failure.key}: {failure.reason}", file=sys.stderr)
-    if failures and not any((arguments.out / "parts").glob("*.json")):
-        return 1
-    results = write_report(arguments.out, command=command)
-    if arguments.json:
-        common.print_json(results)
-    else:
-        print((arguments.out / TABLE_FILE).read_text(encoding="utf-8"))
-    return int(bool(failures))
+    return bench_parts.run(arguments, name="thresholds", measure=_run, write_report=write_report)
 
 
 def _run(arguments: Any) -> list[Any]:
-    from comp_edge.bench.method.options import with_options
     from comp_edge.bench.parts import dense_model
     from comp_edge.bench.thresholds_run import Comparison
     from comp_edge.bench.thresholds_run import run as run_comparisons
-    from comp_edge.errors import InputError
     from comp_edge.files import check_writable
-    from comp_edge.settings import PruneConfig
     from comp_edge.tasks import task_class
 
     quick = arguments.quick
-    model = arguments.model or (default_model(QUICK_MODELS) if quick else None)
-    if model is None:
-        raise InputError("give a MODEL, such as blip-digits; only --quick and --redo do without one.")
+    model = bench_parts.chosen_model(arguments, QUICK_MODELS)
     task_class(arguments.task)
     check_writable(arguments.out)
-    config = with_options(PruneConfig(), QUICK_OPTIONS if quick else "", where="--quick")
-    config = with_options(config, arguments.options or "", where="--options")
+    config = bench_parts.chosen_config(arguments, QUICK_OPTIONS)
     comparisons = [
         Comparison(
             out=arguments.out,
@@ -125,7 +95,3 @@ def _run(arguments: Any) -> list[Any]:
         return run_comparisons(
             comparisons, workers=arguments.jobs, initialize=common.quiet_libraries, on_progress=update
         )
-
-
-def _list(values: Any) -> str:
-    return " ".join(map(str, values))

@@ -17,7 +17,7 @@ from comp_edge.errors import InputError
 BAD_INPUT = 2
 INTERRUPTED = 130
 MODEL_HELP = "a reference model, a folder (dense or pruned), a hub id, or random:SHAPE (see comp-edge inspect --list)"
-TASK_HELP = "digit_vqa, easy_vqa, synthetic or path/to/file.py:ClassName"
+TASK_HELP = "digit_vqa, digit_pairs, easy_vqa, synthetic or path/to/file.py:ClassName"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from matplotlib.figure import Figure
 
 from comp_edge.checkpoint import load_processor
 from comp_edge.errors import InputError
+from comp_edge.files import write_bytes
 from comp_edge.report import pictures, theme, tokens
 from comp_edge.report.facts import Facts, read_facts
 from comp_edge.tasks import load_task
@@ -36,7 +35,8 @@ def write_picture(folder: str | Path, path: str | Path, *, task: str = "digit_vq
     with theme.style(9):
         figure = _figure(facts, examples)
         data = theme.png(figure, dpi=160)
-    return _write_bytes(Path(path), data)
+    write_bytes(path, data)
+    return Path(path)
 
 
 def _figure(facts: Facts, examples: list[tokens.Example]) -> Figure:
@@ -67,19 +67,3 @@ def _figure(facts: Facts, examples: list[tokens.Example]) -> Figure:
     pictures.draw_tokens(counts, facts)
     counts.set_title("tokens per layer", color=theme.color("ink"))
     return figure
-
-
-def _write_bytes(path: Path, data: bytes) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from None
-    return path

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from comp_edge.bench.method.statistics import in_order
 from comp_edge.bench.method.table import table
+from comp_edge.bench.parts import RESULTS_FILE, TABLE_FILE
 from comp_edge.errors import InputError
-from comp_edge.files import read_json, write_json, write_text
+from comp_edge.files import read_json, write_bytes, write_json, write_text
 
-RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
 KEYS = (
     "model", "strategy", "reduction", "score", "dense_seed", "prune_seed", "steps", "samples", "selection_seconds",
     "training_seconds", "macs", "task", "dense_score", "scoring_seconds", "peak_memory_bytes", "modes", "stages", "options",
@@ -70,18 +68,6 @@ def write_pictures(out: Path, *, ours: str) -> list[Path]:
 
     written = []
     for name, content in pictures(load_cells(out), ours=ours).items():
-        _write_bytes(out / name, content)
+        write_bytes(out / name, content)
         written.append(out / name)
     return written
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Whole or not at all, as `write_text`."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}.") from None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ from comp_edge.bench.method.dense import DenseModel, Recipe, find_dense, prepare
 from comp_edge.bench.method.grid import Cell, Target
 from comp_edge.bench.method.pool import Failure, Job, run_jobs
 from comp_edge.bench.method.results import load_cells, write_results
+from comp_edge.bench.parts import alone
 from comp_edge.errors import InputError
 from comp_edge.files import check_writable, read_json
 
-LOCK_FILE = ".lock"
 # Cells that differ in these cannot stand in one table.
 SHARED = ("steps", "test_examples")
 Progress = Callable[[int, int, str], None]
@@ -52,8 +50,7 @@ def run(
             in it; see also `find_dense`.
     """
     check_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with alone(out):
         models = {
             (cell.target, cell.dense_seed): find_dense(
                 cell.target, cell.dense_seed, out=out, given=dense, recipe=recipe, test_examples=cell.test_examples
@@ -113,11 +110,12 @@ def check_options(cells: Sequence[Cell], models: dict[tuple[Target, int], DenseM
             _compare(read_json(finished, what="cell").get("options", {}), now, cell.name, out)
         elif begun.is_file():
             _compare(read_json(begun, what="options"), now, cell.name, out)
+    wanted = [{name: value for name, value in cell.options(None).items() if name in SHARED} for cell in cells]
     for other in load_cells(out):
         shared = {name: other["options"].get(name) for name in SHARED}
         name = f"{other['model']} {other['strategy']} {other['reduction']}"
-        for cell in cells:
-            _compare(shared, cell.options(None), name, out)
+        for now in wanted:
+            _compare(shared, now, name, out)
 
 
 def _compare(then: dict[str, Any], now: dict[str, Any], name: str, out: Path) -> None:
@@ -127,14 +125,3 @@ def _compare(then: dict[str, Any], now: dict[str, Any], name: str, out: Path) ->
                 f"{str(out)!r} holds {name} with {option} {value}, this run has {now[option]}; give the same options or "
                 "another --out."
             )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """One run at a time works in a folder; the kernel lets go of the lock when a process ends, however it ends."""
-    with (out / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another run is at work in {str(out)!r}; wait for it or give another --out.") from None
-        yield

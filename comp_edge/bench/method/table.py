@@ -58,7 +58,7 @@ def _scores(cells: Sequence[Record]) -> str:
         lines.append([_code(method), *(words.DASH if value is None else spread_text(value) for value in found)])
     head = ["test score at reduction", *(percent(reduction) for reduction in reductions)]
     note = f"Mean {PLUS_MINUS} standard deviation (number of seeds)."
-    return f"{_grid(head, lines)}\n\n{note}"
+    return f"{markdown(head, lines)}\n\n{note}"
 
 
 def _paired(cells: Sequence[Record], ours: str) -> list[str]:
@@ -71,7 +71,7 @@ def _paired(cells: Sequence[Record], ours: str) -> list[str]:
     ]
     head = ["reduction", f"{_code(ours)} minus", "mean difference", "standard error", "in errors", "pairs"]
     note = "Pairs share model, dense seed, pruning seed and reduction."
-    return [f"{_grid(head, lines, left=2)}\n\n{note}"]
+    return [f"{markdown(head, lines, left=2)}\n\n{note}"]
 
 
 def _difference(value: Difference) -> list[str]:
@@ -97,7 +97,7 @@ def _costs(cells: Sequence[Record]) -> str:
         "cost of a cell", "training", "selection", "scoring", "selection / training", "scoring / training", "stages",
         "peak memory",
     ]  # fmt: skip
-    return _grid(head, lines)
+    return markdown(head, lines)
 
 
 def ratios(cells: Sequence[Record], name: str) -> list[float]:
@@ -112,10 +112,10 @@ def _failures(failures: Sequence[Record]) -> str:
          f["kind"], f["reason"].replace("|", "\\|")]
         for f in failures
     ]  # fmt: skip
-    return _grid(head, lines, left=len(head))
+    return markdown(head, lines, left=len(head))
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1) -> str:
     """A Markdown table; the first columns are text, the others numbers."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
