@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from comp_edge.families import family_of
+from comp_edge.files import whole_folder, write_json
 from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine, with_prefix
 from comp_edge.tasks import Task, take_examples
 from comp_edge.tasks.folding import distinct_images
 from comp_edge.tasks.packing import PIXELS, take_rows
 
 CHUNK = 250  # steps between checkpoints; the data order is seeded by chunk, so a resumed run sees the same batches
-CHECKPOINT = "train.safetensors"
+CHECKPOINT, METRICS_FILE = "train.safetensors", "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,57 @@ def train(
     if math.isnan(score):
         score = task.score(model, validation)
     return TrainResult(val_score=score, steps=done, loss=mean)
+
+
+def size_batches(task: Any, *, images: int, pairs: int | None) -> None:
+    """Set how much a training batch of a built-in kind of task holds.
+
+    Args:
+        images: with several questions an image.
+        pairs: of image and text; None leaves it to the task.
+    """
+    if hasattr(task, "images_per_batch"):
+        task.images_per_batch = images
+    elif pairs is not None and hasattr(task, "pairs_per_batch"):
+        task.pairs_per_batch = pairs
+
+
+def save_trained(
+    folder: Path,
+    model: Any,
+    processor: Any,
+    task: Any,
+    *,
+    task_name: str,
+    steps: int,
+    seed: int,
+    seconds: float,
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Score a trained model, and write its folder with metrics.json; returns what that holds.
+
+    Args:
+        recipe: what else to record of the training.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    metrics = {
+        "task": task_name,
+        "test_score": task.score(model, task.test_batches()),
+        "val_score": task.score(model, task.val_batches()),
+        **(recipe or {}),
+        "steps": steps,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "command": shlex.join(["comp-edge", *sys.argv[1:]]),
+    }
+    with whole_folder(folder) as staging:
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        write_json(staging / METRICS_FILE, metrics)
+    return metrics
 
 
 @torch.no_grad()

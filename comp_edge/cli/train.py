@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -48,12 +46,11 @@ def add(subparsers: Any) -> None:
 def run(arguments: Any) -> None:
     """Train, score, save."""
     from comp_edge.checkpoint import load_dense, load_processor
-    from comp_edge.errors import InputError
-    from comp_edge.files import check_writable, whole_folder, write_json
+    from comp_edge.files import check_writable
     from comp_edge.reference import REFERENCE_MODELS
     from comp_edge.reference import STEPS as REFERENCE_STEPS
     from comp_edge.tasks import load_task, task_class
-    from comp_edge.train import train
+    from comp_edge.train import save_trained, size_batches, train
 
     check_writable(arguments.out)
     task_class(arguments.task)  # a wrong name should fail before a model is built
@@ -62,13 +59,10 @@ def run(arguments: Any) -> None:
     else:
         model, processor = load_dense(arguments.model), load_processor(arguments.model)
     task: Any = load_task(arguments.task, processor, model)
-    if hasattr(task, "images_per_batch"):
-        task.images_per_batch = arguments.images or IMAGES
-    elif arguments.images and hasattr(task, "pairs_per_batch"):
-        task.pairs_per_batch = arguments.images
+    size_batches(task, images=arguments.images or IMAGES, pairs=arguments.images)
     steps = arguments.steps or REFERENCE_STEPS.get(arguments.model, STEPS)
     work = arguments.out.with_name(arguments.out.name + ".work")
-    started, seconds = time.time(), 0.0
+    started = time.time()
     scored = ""
     with common.progress_bar("train") as update:
 
@@ -89,23 +83,16 @@ def run(arguments: Any) -> None:
             on_score=on_score,
         )
     seconds = time.time() - started
-    metrics = {
-        "task": arguments.task,
-        "test_score": task.score(model, task.test_batches()),
-        "val_score": task.score(model, task.val_batches()),
-        "steps": result.steps,
-        "seed": arguments.seed,
-        "seconds": round(seconds, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "command": shlex.join(["comp-edge", *sys.argv[1:]]),
-    }
-    try:
-        with whole_folder(arguments.out) as staging:
-            model.save_pretrained(staging)
-            processor.save_pretrained(staging)
-            write_json(staging / "metrics.json", metrics)
-    except OSError as error:
-        raise InputError(f"cannot write {str(arguments.out)!r}: {error}.") from None
+    metrics = save_trained(
+        arguments.out,
+        model,
+        processor,
+        task,
+        task_name=arguments.task,
+        steps=result.steps,
+        seed=arguments.seed,
+        seconds=seconds,
+    )
     shutil.rmtree(work, ignore_errors=True)
     if arguments.json:
         common.print_json(metrics)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -15,14 +13,14 @@ from typing import Any
 from comp_edge.bench.method.grid import Target
 from comp_edge.checkpoint import CONFIG_FILE, load_dense, load_processor
 from comp_edge.errors import InputError
-from comp_edge.files import read_json, whole_folder, write_json
+from comp_edge.files import read_json, write_json
 from comp_edge.plan import PLAN_FILE
 from comp_edge.reference import REFERENCE_MODELS, asset_folder
 from comp_edge.tasks import BUILT_IN, load_task, take_examples
-from comp_edge.train import CHECKPOINT, train
+from comp_edge.train import CHECKPOINT, METRICS_FILE, save_trained, size_batches, train
 
 SHIPPED_SEED = 0
-METRICS_FILE, RECIPE_FILE = "metrics.json", "recipe.json"
+RECIPE_FILE = "recipe.json"
 SCORING_STEPS = 50  # what scoring counts as in the progress, in optimizer steps
 Tell = Callable[[int, str], None]  # steps done, what is going on
 
@@ -200,10 +198,7 @@ def _train(dense: DenseModel, tell: Tell) -> None:
     recipe, target = dense.recipe, dense.target
     model, processor = REFERENCE_MODELS[target.model](dense.seed)
     task: Any = load_task(target.task, processor, model)
-    if hasattr(task, "images_per_batch"):
-        task.images_per_batch = recipe.images
-    elif recipe.pairs is not None and hasattr(task, "pairs_per_batch"):
-        task.pairs_per_batch = recipe.pairs
+    size_batches(task, images=recipe.images, pairs=recipe.pairs)
     write_json(dense.work / RECIPE_FILE, asdict(recipe))
     started = time.time()
     result = train(
@@ -217,19 +212,15 @@ def _train(dense: DenseModel, tell: Tell) -> None:
         resume=(dense.work / CHECKPOINT).is_file(),
         on_step=lambda step, loss: tell(step, f"train, loss {loss:.3f}"),
     )
-    metrics = {
-        "task": target.task,
-        "test_score": task.score(model, task.test_batches()),
-        "val_score": task.score(model, task.val_batches()),
-        **asdict(recipe),
-        "steps": result.steps,
-        "seed": dense.seed,
-        "seconds": round(time.time() - started, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "command": shlex.join(["comp-edge", *sys.argv[1:]]),
-    }
-    with whole_folder(dense.folder) as staging:
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        write_json(staging / METRICS_FILE, metrics)
+    save_trained(
+        dense.folder,
+        model,
+        processor,
+        task,
+        task_name=target.task,
+        steps=result.steps,
+        seed=dense.seed,
+        seconds=time.time() - started,
+        recipe=asdict(recipe),
+    )
     shutil.rmtree(dense.work, ignore_errors=True)
