@@ -19,6 +19,7 @@ from comp_edge.muon import Muon
 from comp_edge.parallel import ALONE, Processes
 
 MUON_LIMIT = 50_000_000  # parameters
+SMALL_LR, LARGE_LR = 2e-3, 5e-4  # AdamW's, in models up to that limit and above
 
 
 class Optimizer:
@@ -31,7 +32,7 @@ class Optimizer:
         parameters: `named_parameters()` of what is trained; frozen ones are left out.
         matrix_lr: Muon's peak learning rate, in AdamW's scale (`match_rms_adamw`).
         muon: use Muon; None decides by the number of parameters (see `MUON_LIMIT`).
-        lr: AdamW's peak learning rate.
+        lr: AdamW's peak learning rate; by default 2e-3 beside Muon, and 5e-4 where it trains everything.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class Optimizer:
         parameters: Iterable[tuple[str, nn.Parameter]],
         *,
         matrix_lr: float,
-        lr: float,
+        lr: float | None = None,
         weight_decay: float = 0.02,
         muon: bool | None = None,
     ) -> None:
         named = [(name, p) for name, p in parameters if p.requires_grad and p.numel()]
         muon = use_muon(p for _, p in named) if muon is None else muon
+        lr = (SMALL_LR if muon else LARGE_LR) if lr is None else lr
         matrices = [p for name, p in named if muon and p.ndim == 2 and not _is_table(name)]
         chosen = {id(p) for p in matrices}
         others = [p for _, p in named if id(p) not in chosen]

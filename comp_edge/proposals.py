@@ -66,6 +66,10 @@ class Proposer:
         self.family, self.model, self.streams = family, model, streams
         self.cost, self.dense, self.limits = cost, dense, limits
 
+    def within(self, limits: Limits) -> Proposer:
+        """The same within other limits."""
+        return Proposer(self.family, self.model, self.streams, cost=self.cost, dense=self.dense, limits=limits)
+
     def price(self, state: State) -> float:
         """Cost of a state, as a fraction of the dense cost."""
         return self.cost.predict(state.plan()) / self.dense

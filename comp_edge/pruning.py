@@ -36,7 +36,7 @@ def prune(
         model: a transformers model of a supported family, dense or pruned before; it becomes the pruned model. The budget
             is a share of what this model costs.
         task: data, loss and score (see `comp_edge.tasks.Task`). Only its training and validation batches steer.
-        strategy: "comp", the paper's MPS with CIM, or "probe", which looks one step ahead.
+        strategy: "comp", the paper's MPS with CIM, or "probe", which walks short ways to the budget first.
         out: the pruned model folder to write; while the pass runs, its checkpoint lies in a folder of that name with
             `.work` appended.
         processor: saved with the model; by default the task's.

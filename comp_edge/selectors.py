@@ -1,9 +1,10 @@
-"""How a stage's proposal is chosen: in fixed turns, by the paper's MPS, or by the look-ahead probe."""
+"""How a stage's proposal is chosen: in fixed turns, by the paper's MPS, or by the probe, which has walked ahead."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -15,14 +16,15 @@ from comp_edge.calibrate import Collector, collect, gradient_scores
 from comp_edge.masks import UnitMasks
 from comp_edge.proposals import Proposal, Proposer
 from comp_edge.schedule import Schedule
+from comp_edge.scouting import JUMPS, best, bold, bracket, rests
 from comp_edge.settings import PruneConfig
 from comp_edge.state import State
-from comp_edge.strategy import BASELINES, MPS, prices_of, turn
+from comp_edge.strategy import BASELINES, MPS, turn
 from comp_edge.tasks.packing import examples, take_rows
-from comp_edge.units import KINDS, Site
+from comp_edge.units import Site
 
 PARTS = 4  # gradients are summed per part of a batch: finer parts tell apart what a mean would cancel
-MOST_POINTS = 8  # of a stream's drop points that the probe tries: each costs a forward pass
+ROUNDING = 0.05  # of a stage's goal: less is not worth asking another mode for
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Setting:
     calibration: Sequence[dict[str, Tensor]]
     probe: Sequence[dict[str, Tensor]]
     loss: Callable[[Any, dict[str, Tensor]], float]
+    target: float
+    trial: Callable[[Callable[[Callable[[State, int], None]], float]], float]
+    trial_steps: int
 
 
 class Selector(Protocol):
@@ -137,54 +142,117 @@ class CompSelector:
 
 
 @dataclass
-class ProbeSelector(_Memoryless):
-    """Ours: try every action for a moment on the current weights; the least loss per unit of cost saved wins.
+class ProbeSelector:
+    """Ours: walk a few short ways to the budget first, and take the share of tokens whose way ends best (`scouting`).
 
-    Actions are finer than modes: heads and channels apart, and token counts from each layer on. Units are ranked by
-    first-order Taylor importance per unit of cost. Actions are taken in the order of their price until the stage's goal is
-    met; once something substantial is taken, only nearly free ones follow. (Filling stages at any price was tried: one
-    dear action at the end of the way cost more than fine-tuning could recover. Ending a stage with a tiny saving was
-    tried too: it costs a stage's training and gains nothing.)
+    Every stage then takes tokens and parameters in that proportion. Units of all streams share one ranking by the
+    gradient of the loss per unit of cost. (A probe that tried single actions and took those that cost least at once was
+    worse than removing parameters alone: see `docs/method.md`.)
+
+    Attributes:
+        losses: of the ways that were walked, per share of tokens; empty before the first stage.
     """
 
-    enough: float = 0.8  # a stage is full when it saves this share of its goal
-    substantial: float = 0.3  # a stage that saves less than this share goes on, whatever the price
-    nearly_free: float = 1.0  # price: rise of the loss, were the whole dense cost saved at this rate
+    losses: dict[float, float] = field(default_factory=dict)
 
     def select(
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
-        """The cheapest actions by looking ahead, until the goal is met."""
-        scores = Importances(setting).units
-        actions = _actions(setting, state)
-        options = {action: _propose(setting, state, action, scores, goal) for action in actions}
-        usable = {action: proposal for action, proposal in options.items() if proposal is not None}
-        if not usable:
+        """Tokens and parameters in the proportion that was found, or what still can be saved."""
+        why: dict[str, Any] = {}
+        if not self.losses:
+            kinds = {mode.rsplit("_", 1)[1] for mode in setting.modes}
+            if len(kinds) > 1:
+                self.losses = bracket(lambda share: _walk(setting, state, share))
+            else:
+                self.losses = {1.0 if "tokens" in kinds else 0.0: 0.0}
+            ends = {share: loss if math.isfinite(loss) else None for share, loss in self.losses.items()}
+            why = {"walks": [{"tokens": share, "loss": loss} for share, loss in ends.items()]}
+        share = best(self.losses)
+        taken = mixed(setting, state, share, goal)
+        if not taken:
             return None, {}
-        base = self._loss(setting, state, state)
-        losses = {action: self._loss(setting, state, proposal.state) for action, proposal in usable.items()}
-        apply_state(setting.masks, setting.schedule, state, state, fade=0.0, cit=setting.config.cit)
-        prices = prices_of(losses, {action: p.saving for action, p in usable.items()}, base=base)
-        ranked = sorted(prices, key=lambda action: prices[action])
-        taken: list[Proposal] = []
-        saved = 0.0
-        for action in ranked:
-            if saved >= self.enough * goal or saved >= self.substantial * goal and prices[action] > self.nearly_free:
-                break
-            more = _propose(setting, taken[-1].state if taken else state, action, scores, goal - saved)
-            if more is not None:
-                taken.append(more)
-                saved += more.saving
-        # The trace books a stage to the action that saved most of it.
-        main = max(taken, key=lambda proposal: proposal.saving)
-        also = [proposal.name for proposal in taken if proposal is not main]
-        chosen = replace(main, state=taken[-1].state, saving=saved)
-        return chosen, {"why": "cheapest", "also": also, "costs": {usable[a].name: prices[a] for a in prices}}
+        after = taken[-1].state
+        savings = _savings(setting, state, after)
+        mode = max(savings, key=lambda m: savings[m])  # the trace books a stage to what saved most of it
+        also = [other for other, saving in savings.items() if saving > 0 and other != mode]
+        chosen = Proposal(mode, "all", after, sum(proposal.saving for proposal in taken))
+        return chosen, {"why": "scouted", "token_share": share, "also": also, **why}
 
-    @torch.no_grad()
-    def _loss(self, setting: Setting, old: State, new: State) -> float:
-        apply_state(setting.masks, setting.schedule, old, new, fade=0.0, cit=setting.config.cit)
-        return sum(setting.loss(setting.model, batch) for batch in setting.probe) / len(setting.probe)
+    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
+        """Nothing: the way has been found."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the walks ended with."""
+        return {"losses": list(self.losses.items())}
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """What the walks ended with."""
+        self.losses = {float(share): float(loss) for share, loss in value["losses"]}
+
+
+def _walk(setting: Setting, state: State, share: float) -> float:
+    """The loss at the end of a short way to the budget; infinite where it does not get there, or training diverges."""
+    price, config = setting.proposer.price, setting.config
+    limits = setting.proposer.limits
+    limits = replace(limits, share=bold(limits.share, stages=config.stages))
+    far = replace(setting, proposer=setting.proposer.within(limits))
+
+    def walk(train: Callable[[State, int], None]) -> float:
+        now, goal, pauses = state, (price(state) - setting.target) / JUMPS, rests(setting.trial_steps)
+        done = 0
+        try:
+            while (left := price(now) - setting.target) > 0:
+                if not (taken := mixed(far, now, share, min(goal, left))):
+                    return math.inf
+                now, pause = taken[-1].state, next(pauses)
+                train(now, pause)
+                done += pause
+            train(now, setting.trial_steps - done)
+            return _loss(setting, now)
+        except FloatingPointError:
+            return math.inf
+
+    return setting.trial(walk)
+
+
+@torch.no_grad()
+def _loss(setting: Setting, state: State) -> float:
+    apply_state(setting.masks, setting.schedule, state, state, fade=0.0, cit=setting.config.cit)
+    return sum(setting.loss(setting.model, batch) for batch in setting.probe) / len(setting.probe)
+
+
+def _savings(setting: Setting, old: State, new: State) -> dict[str, float]:
+    """What each mode's changes would have saved alone."""
+    found = {}
+    for mode in setting.modes:
+        stream, kind = mode.rsplit("_", 1)
+        if kind == "tokens":
+            alone = setting.proposer.with_tokens(old, stream, new.tokens[stream])
+        else:
+            alone = old.copy()
+            alone.alive |= {site: alive for site, alive in new.alive.items() if site.stream == stream}
+        found[mode] = setting.proposer.price(old) - setting.proposer.price(alone)
+    return found
+
+
+def mixed(setting: Setting, state: State, share: float, goal: float) -> list[Proposal]:
+    """Take tokens for a share of a goal and parameters for the rest; what one kind cannot save, the other does.
+
+    Returns:
+        What was taken, each from the state of the one before; empty where nothing can be saved any more.
+    """
+    importance, taken, saved = Importances(setting), [], 0.0
+    kinds = {kind: [m.rsplit("_", 1)[0] for m in setting.modes if m.endswith(kind)] for kind in ("tokens", "params")}
+    for kind, part in (("tokens", share), ("params", 1.0), ("tokens", 1.0)):
+        wanted = part * goal if part < 1 else goal - saved
+        if not kinds[kind] or wanted <= ROUNDING * goal:
+            continue
+        now = taken[-1].state if taken else state
+        if (proposal := propose(setting, now, kind, kinds[kind], importance, wanted)) is not None:
+            taken.append(proposal)
+            saved += proposal.saving
+    return taken
 
 
 class Importances:
@@ -223,34 +291,6 @@ def propose(
 def comparable(setting: Setting) -> bool:
     """Whether scores of different layers share a scale: gradients do, Wanda's do not."""
     return setting.config.importance != "wanda"
-
-
-def spaced(points: Sequence[int], most: int) -> list[int]:
-    """At most so many of the points, first and last included, evenly spaced."""
-    if len(points) <= most:
-        return list(points)
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
-
-
-def _actions(setting: Setting, state: State) -> list[tuple[str, str | int]]:
-    """What the probe may try: (mode, kind of unit) and (mode, first layer with fewer tokens)."""
-    found: list[tuple[str, str | int]] = []
-    for mode in setting.modes:
-        stream, what = mode.rsplit("_", 1)
-        parts = KINDS if what == "params" else spaced(setting.schedule.streams[stream].drop_points, MOST_POINTS)
-        found += [(mode, part) for part in parts]
-    return found
-
-
-def _propose(
-    setting: Setting, state: State, action: tuple[str, str | int], scores: Any, goal: float
-) -> Proposal | None:
-    mode, part = action
-    stream = mode.rsplit("_", 1)[0]
-    if isinstance(part, int):
-        return setting.proposer.tokens_from_layer(state, stream=stream, layer=part, goal=goal)
-    options = {"streams": [stream], "kinds": (part,), "goal": goal, "per_cost": comparable(setting)}
-    return setting.proposer.parameters(state, scores, **options)
 
 
 def make_selector(strategy: str, config: PruneConfig) -> Selector:

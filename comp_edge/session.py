@@ -36,12 +36,13 @@ from comp_edge.masks import UnitMasks
 from comp_edge.memory import collect_garbage, peak_bytes, reset_peak, return_memory, return_memory_at_once
 from comp_edge.microbatches import check_divisible, micro_batches, unshared
 from comp_edge.optim import Optimizer, load_state, save_state, use_muon, warmup_cosine, with_prefix
-from comp_edge.parallel import launched
+from comp_edge.parallel import ALONE, Processes, launched
 from comp_edge.plan import CostRecord, Plan, plan_of
 from comp_edge.proposals import Limits, Proposal, Proposer
 from comp_edge.recomputation import Recomputation
 from comp_edge.recovery import Distillation
 from comp_edge.schedule import attach
+from comp_edge.scouting import TRIAL
 from comp_edge.selectors import Setting, apply_state, make_selector
 from comp_edge.settings import Progress, PruneConfig, PruneResult
 from comp_edge.state import State
@@ -56,6 +57,7 @@ FADE = 2 / 3  # share of a stage over which masks fade; the rest of it recovers
 WARMUP = 20  # steps
 CHUNK = 100  # fine-tuning steps between checkpoints
 FINE_TUNING = 10_000  # data chunks of fine-tuning are numbered from here, those of stages from 0
+TRIALS = 20_000  # the one that ways are walked on for trial
 # Options that a run may be resumed with others of: they decide how it goes on, not what has been decided.
 FREE = ("lr", "matrix_lr", "accumulate", "checkpointing")
 
@@ -136,6 +138,9 @@ class Session:
             calibration=Draws(task, seed * 7919 + 1, config.calibration_batches),
             probe=Draws(task, seed * 7919 + 2, config.calibration_batches),
             loss=lambda m, batch: float(task.loss(m, batch)),
+            target=self.target,
+            trial=self._trial,
+            trial_steps=round(TRIAL * config.planned_steps),
         )
         self._check_batches()
         # Decided once: what is left at the end may be small enough.
@@ -146,6 +151,7 @@ class Session:
             model.requires_grad_(False)
             return_memory_at_once()
         self.stage, self.tuned = 0, 0
+        self.ways = 0  # walked for trial
         self.score = self.dense_score = math.nan
         self.dense_test_score: float | None = None
         self.trace: list[dict[str, Any]] = []
@@ -166,12 +172,12 @@ class Session:
                 "its parts do not see; give 0 with several processes or accumulation."
             )
 
-    def _own_parts(self, batch: dict[str, Tensor]) -> int:
+    def _own_parts(self, batch: dict[str, Tensor], processes: Processes) -> int:
         """Into how many parts this process cuts its share of a training batch."""
         wanted = self.config.accumulate
         if self.config.distill_hidden or getattr(self.task, "least_examples", 1) > 1:
             return wanted
-        rows = (examples(batch) or 0) // (wanted * self.processes.count)
+        rows = (examples(batch) or 0) // (wanted * processes.count)
         return wanted * max(1, min(unshared(self.model, batch), rows))
 
     # ---- stages
@@ -283,27 +289,58 @@ class Session:
         self.seconds["training"] += time.perf_counter() - started
         return sum(losses) / len(losses) if losses else None
 
+    def _trial(self, walk: Callable[[Callable[[State, int], None]], float]) -> float:
+        """See `Setting.trial`: in this process alone, since others wait for what it chooses, and before the first stage.
+
+        The weights that are put back are the teacher's.
+        """
+        done, total = 0, self.setting.trial_steps
+        self.ways += 1
+
+        def train(state: State, steps: int) -> None:
+            nonlocal done
+            self._apply(state, state, 0.0)
+            self.model.train()
+            for batch in itertools.islice(batches, steps):
+                factor = warmup_cosine(done, total, warmup=WARMUP)
+                self._step(batch, factor, where=f"step {done + 1} of a way walked for trial", processes=ALONE)
+                done += 1
+                self._tell("scout", f"way {self.ways} for trial, step {done} of {total}")
+            self.model.eval()
+
+        with self._batches(TRIALS, total) as drawn:
+            batches = iter(drawn)
+            try:
+                return walk(train)
+            finally:
+                if done:
+                    self.model.load_state_dict(self.distillation.dense.state_dict())
+                    self.optimizer.load_state_tensors({})
+                self._apply(self.state, self.state, 0.0)
+
     def _apply(self, old: State, new: State, fade: float) -> None:
         apply_state(self.masks, self.schedule, old, new, fade=fade, cit=self.config.cit)
 
-    def _step(self, batch: dict[str, Tensor], factor: float, *, where: str) -> float:
+    def _step(
+        self, batch: dict[str, Tensor], factor: float, *, where: str, processes: Processes | None = None
+    ) -> float:
         """One optimizer step on a batch of all processes; the task's own loss on it, for the record."""
-        recorded = 0.0
+        processes, recorded = processes or self.processes, 0.0
 
         def objectives() -> Iterator[Tensor]:
             nonlocal recorded
-            each = self._own_parts(batch)
-            parts = micro_batches(self.task, batch, each * self.processes.count, own=self.processes.own(each))
+            each = self._own_parts(batch, processes)
+            parts = micro_batches(self.task, batch, each * processes.count, own=processes.own(each))
             for weight, part in parts:
                 objective, loss = self.distillation.objective(self.model, part)
                 recorded += weight * loss
                 yield weight * objective
 
         try:
-            self.optimizer.step_in_parts(objectives(), factor=factor, processes=self.processes)
+            self.optimizer.step_in_parts(objectives(), factor=factor, processes=processes)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}, in {where}") from None
-        return self.processes.sum(recorded)
+        return processes.sum(recorded)
 
     # ---- the end
 

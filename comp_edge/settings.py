@@ -26,10 +26,10 @@ class PruneConfig:
             after the plan is frozen.
         importance: what ranks units: first-order Taylor or Fisher, which need gradients, or structured Wanda. By default
             Wanda, as in the paper, but Fisher for `probe` where something is trained.
-        lr, matrix_lr: peak learning rates of AdamW and Muon.
+        lr, matrix_lr: peak learning rates of AdamW (by default 2e-3 beside Muon, and 5e-4 alone) and of Muon.
         muon: whether matrices are trained by Muon; by default in models of up to 50 million parameters.
         val_examples: validation examples that score a stage.
-        calibration_batches: training batches for importance, and as many others for looking ahead.
+        calibration_batches: training batches for importance, and as many others that judge ways walked for trial.
         modes: which modes may run; None for all of the family.
         cip, cit: token-weighted parameter importance (of Wanda), mask-corrected token importance. By default on, but off
             for the baselines `params`, `tokens` and `joint`.
@@ -48,8 +48,8 @@ class PruneConfig:
     final_steps: int = 300
     total_steps: int | None = None
     importance: Importance | None = None
-    lr: float = 5e-4
-    matrix_lr: float = 1.5e-3
+    lr: float | None = None
+    matrix_lr: float = 3e-3
     muon: bool | None = None
     val_examples: int = 500
     calibration_batches: int = 2
@@ -69,6 +69,15 @@ class PruneConfig:
     def trains(self) -> bool:
         """Whether any weight changes but by removal."""
         return self.stage_steps + (self.final_steps if self.total_steps is None else self.total_steps) > 0
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps in all, if it takes as many stages as planned."""
+        return self.stages * self.stage_steps + self.final_steps if self.total_steps is None else self.total_steps
+
+    def sharing(self, steps: int) -> PruneConfig:
+        """The same with so many optimizer steps in all: half in the planned stages, the others after them."""
+        return replace(self, stage_steps=steps // 2 // self.stages, total_steps=steps)
 
     def steps_in(self, stage: int) -> int:
         """Optimizer steps of a stage (the first is 0): fewer where they are used up."""

@@ -1,17 +1,15 @@
-"""Which mode a stage advances: fixed turns, MPS as published, the look-ahead probe. Pure: state in, decision out."""
+"""Which mode a stage advances: fixed turns, or MPS as published. Pure: state in, decision out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 BASELINES = ("params", "tokens", "joint")
 STRATEGIES = (*BASELINES, "comp", "probe")
-K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -102,17 +100,3 @@ def turn(kinds: Sequence[str], stage: int) -> list[str]:
 def history_weight(idle: int, config: MPSConfig) -> float:
     """lambda = max(lambda_0 - lambda_0 / I_max (I_m - 1), 0): how much of the old cost is believed."""
     return max(config.history - config.history / config.horizon * (idle - 1), 0.0)
-
-
-def prices_of(losses: Mapping[K, float], savings: Mapping[K, float], *, base: float) -> dict[K, float]:
-    """What the look-ahead probe ranks by: rise of the loss per unit of cost saved; least is best.
-
-    Args:
-        losses: loss with each candidate applied.
-        savings: cost that each candidate saves, as a fraction of the dense cost.
-        base: loss with none applied.
-
-    Returns:
-        Each candidate's price; a loss that is not finite is infinitely dear.
-    """
-    return {key: (loss - base) / savings[key] if math.isfinite(loss) else math.inf for key, loss in losses.items()}

@@ -183,7 +183,7 @@ def _methods(arguments: Any) -> list[Any]:
     from comp_edge.bench.method.options import parse_method, with_options
     from comp_edge.settings import PruneConfig
 
-    base = PruneConfig(total_steps=arguments.steps or (QUICK_STEPS if arguments.quick else STEPS))
+    base = PruneConfig().sharing(arguments.steps or (QUICK_STEPS if arguments.quick else STEPS))
     if arguments.quick:
         base = with_options(base, QUICK_OPTIONS, where="--quick")
     base = with_options(base, arguments.options or "", where="--options")

@@ -14,12 +14,12 @@ goes on with what is missing when the same command is given again. OUT gets resu
 """
 EXAMPLES = """\
 examples:
-  comp-edge bench thresholds blip-digits --reductions 0.5 0.7 --seeds 0 1 2 --steps 600 -o thresholds
+  comp-edge bench thresholds blip-digits --reductions 0.5 0.7 --seeds 0 1 2 --steps 300 -o thresholds
   comp-edge bench thresholds blip-digits -o thresholds --dense results/dense   each seed begins with its own dense model
   comp-edge bench thresholds --quick -o quick                                  a small run, in minutes
   comp-edge bench thresholds -o thresholds --redo                              the table anew, from the finished parts
 """
-REDUCTIONS, SEEDS, STEPS = (0.5, 0.7), (0, 1, 2), 600
+REDUCTIONS, SEEDS, STEPS = (0.5, 0.7), (0, 1, 2), 300
 QUICK_MODELS, QUICK_REDUCTIONS, QUICK_SEEDS, QUICK_STEPS = ("blip-digits",), (0.4,), (0,), 6
 QUICK_OPTIONS = "stages=3,stage_steps=2,val_examples=100,calibration_batches=1"
 QUICK_IMAGES, QUICK_TEST = 64, 500

@@ -69,8 +69,10 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--val-examples", type=common.count, help="validation examples that score a stage")
     parser.add_argument("--no-eval", action="store_true", help="do not score on the test split at the end")
-    parser.add_argument("--lr", type=common.positive, help="AdamW's peak learning rate")
-    parser.add_argument("--matrix-lr", type=common.positive, help="Muon's peak learning rate")
+    parser.add_argument(
+        "--lr", type=common.positive, help="AdamW's peak learning rate (default: 2e-3; 5e-4 without Muon)"
+    )
+    parser.add_argument("--matrix-lr", type=common.positive, help="Muon's peak learning rate (default: 3e-3)")
     parser.add_argument("--seed", type=common.natural, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON on stdout")
@@ -117,11 +119,15 @@ def _prune(arguments: Any, *, main: bool) -> None:
         )
         if getattr(arguments, name) is not None
     }
-    if arguments.train_steps is not None:
-        options |= _share_steps(arguments, options.get("stages", PruneConfig.stages))
+    if arguments.train_steps is not None and options.keys() & {"stage_steps", "final_steps"}:
+        raise InputError(
+            "--train-steps says how many steps there are in all; leave out --stage-steps and --final-steps."
+        )
     if arguments.modes:
         options["modes"] = tuple(arguments.modes)
-    options["checkpointing"] = arguments.checkpointing
+    config = PruneConfig(checkpointing=arguments.checkpointing, **options)
+    if arguments.train_steps is not None:
+        config = config.sharing(arguments.train_steps)
     model = load_any(arguments.model, dtype=common.dtype(arguments.dtype))
     processor = load_processor(arguments.model)
     task = load_task(arguments.task, processor, model)
@@ -131,7 +137,7 @@ def _prune(arguments: Any, *, main: bool) -> None:
         def on_progress(progress: Any) -> None:
             nonlocal message
             message = progress.message or message
-            text = f"prune: {message}" if progress.phase == "prune" and message else progress.phase
+            text = f"prune: {message}" if progress.phase in ("prune", "scout") and message else progress.phase
             update(progress.done, progress.total, text)
 
         result = prune(
@@ -141,7 +147,7 @@ def _prune(arguments: Any, *, main: bool) -> None:
             strategy=arguments.strategy,
             out=arguments.out,
             seed=arguments.seed,
-            config=PruneConfig(**options),
+            config=config,
             processor=processor,
             base=arguments.model,
             deploy=arguments.deploy,
@@ -166,18 +172,6 @@ def _prune(arguments: Any, *, main: bool) -> None:
         f"(before {dense[f'{split}_score']:.4f}), {sum(metrics['seconds'].values()):.0f} s, at most "
         f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB; look at {arguments.out / 'report.html'}"
     )
-
-
-def _share_steps(arguments: Any, stages: int) -> dict[str, int]:
-    """`--train-steps` as steps of a stage and steps at the end."""
-    from comp_edge.errors import InputError
-
-    if arguments.stage_steps is not None or arguments.final_steps is not None:
-        raise InputError(
-            "--train-steps says how many steps there are in all; leave out --stage-steps and --final-steps."
-        )
-    each = arguments.train_steps // 2 // stages
-    return {"stage_steps": each, "total_steps": arguments.train_steps}
 
 
 def _print_stages(trace: list[dict[str, Any]]) -> None:

@@ -30,6 +30,7 @@ PARTS = ("vision", "cross", "connector", "language", "head")
 WHY = {
     "cheapest": "the lowest price of all candidates",
     "explored": "drawn at random, favouring modes that have not run for long",
+    "scouted": "tokens and parameters in the proportion that short trials to the budget's end found best",
     "first try": "every mode is tried once at the start",
 }
 

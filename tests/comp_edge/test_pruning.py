@@ -53,9 +53,9 @@ def test_the_budget_is_met_and_the_folder_tells_how(
     for line in trace:
         modes = ("params", "tokens") if strategy in BASELINES else comp_edge.families.family_of(loaded).modes(loaded)
         assert line["mode"] in modes
-        assert line["why"] in ("first try", "explored", "cheapest", "in turn") and line["macs"] == pytest.approx(
-            line["cost"]
-        )
+        assert line["why"] in ("first try", "explored", "cheapest", "in turn", "scouted") and line[
+            "macs"
+        ] == pytest.approx(line["cost"])
     assert not (tmp_path / "out.work").exists()
     if strategy == "probe":  # each stage is filled, so there are not many more stages than were asked for
         assert len(trace) <= 2 * QUICK.stages and all(line["also"] is not None for line in trace)

@@ -1,4 +1,4 @@
-"""MPS as published, by hand and by frequency; the probe's choice."""
+"""MPS as published, by hand and by frequency; what strategies use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comp_edge.selectors import spaced
 from comp_edge.settings import PruneConfig
-from comp_edge.strategy import MPS, STRATEGIES, MPSConfig, history_weight, prices_of, strategy_modes, turn
+from comp_edge.strategy import MPS, STRATEGIES, MPSConfig, history_weight, strategy_modes, turn
 
 MODES = ["vision_params", "language_params", "vision_tokens", "language_tokens"]
 NEVER, ALWAYS = MPSConfig(explore=0.0), MPSConfig(explore=1.0)
@@ -113,32 +112,6 @@ def test_state_survives_json():
     assert (other.costs, other.last) == (mps.costs, mps.last)
     other.update("vision_tokens", stage=8, score_change=-0.1, cost_change=-0.1)
     assert mps.last["vision_tokens"] == 7  # restored, not shared
-
-
-finite = st.floats(0.001, 10)
-
-
-@given(st.dictionaries(st.text(max_size=3), st.tuples(finite, st.floats(0.001, 1)), min_size=1, max_size=6), finite)
-def test_a_price_is_the_rise_of_the_loss_per_saving(candidates, base):
-    losses = {name: loss for name, (loss, _) in candidates.items()}
-    savings = {name: saving for name, (_, saving) in candidates.items()}
-    prices = prices_of(losses, savings, base=base)
-    assert prices == {name: (losses[name] - base) / savings[name] for name in candidates}
-
-
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_the_probe_never_takes_a_broken_model(broken):
-    prices = prices_of({"a": broken, "b": 5.0}, {"a": 0.5, "b": 0.01}, base=1.0)
-    assert min(prices, key=prices.get) == "b" and prices["a"] == math.inf
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 29])
-def test_spaced_points(count):
-    points = tuple(range(1, count + 1))
-    chosen = spaced(points, 8)
-    assert len(chosen) == min(count, 8) == len(set(chosen)) and chosen == sorted(chosen)
-    if points:
-        assert (chosen[0], chosen[-1]) == (points[0], points[-1])
 
 
 def test_without_cost_awareness_the_modes_take_turns():

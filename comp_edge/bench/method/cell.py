@@ -28,7 +28,8 @@ from comp_edge.state import State
 from comp_edge.tasks import load_task
 
 OPTIONS_FILE, ROWS_FILE, FOLDER = "options.json", "rows.jsonl", "pruned"
-TOLD = ("stage", "mode", "action", "why", "also", "score", "cost_fraction")  # what a cell's file keeps of each stage
+# What a cell's file keeps of each stage.
+TOLD = ("stage", "mode", "action", "why", "also", "walks", "score", "cost_fraction")
 
 
 class UnequalBudget(RuntimeError):
@@ -180,9 +181,9 @@ def _prune(
     def on_progress(progress: Progress) -> None:
         nonlocal message
         message = progress.message or message
-        if rows := task.taken():
+        if (rows := task.taken()) and progress.phase != "scout":  # what was trained for trial was put back
             ledger.book(progress.done, rows)
-        text = message if progress.phase == "prune" and message else progress.phase
+        text = message if progress.phase in ("prune", "scout") and message else progress.phase
         tell(min(progress.done, cell.steps), text)
 
     torch.manual_seed(cell.prune_seed)  # for what may draw from it: the result is not to depend on the cell before

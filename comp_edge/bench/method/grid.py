@@ -14,7 +14,7 @@ from comp_edge.reference import REFERENCE_MODELS
 from comp_edge.tasks import BUILT_IN, task_class
 
 DEFAULT_TASKS = {"llava-digits": "digit_vqa", "blip-digits": "digit_vqa", "clip-digits": "digit_pairs"}
-STEPS = 600  # optimizer steps of every cell, those after the plan is frozen included
+STEPS = 300  # optimizer steps of every cell, those after the plan is frozen included
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""How much tokens and how much parameters should bring: short ways to the budget, walked and compared at their end.
+
+What a removal costs at once says little of what it costs in the end: training makes good nearly all of what removing
+parameters costs, and never gives back what a dropped token knew (`docs/method.md` has figures). So nothing is judged where
+it is removed. A few ways to the budget that differ in the share of tokens are walked to their end, in few large stages
+and with few training steps each; what the model has unlearnt there decides, and everything is put back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+JUMPS = 5  # stages of a way that is walked for trial
+TRIAL = 0.2  # training steps of such a way, as a share of the pass's
+RESTING = 0.5  # share of these steps that are taken between the jumps; the rest recovers at the end
+
+
+def bold(share: float, *, stages: int) -> float:
+    """Which share of a sub-layer a jump may take, so that jumps come as far as so many stages."""
+    return 1 - (1 - share) ** max(1.0, stages / JUMPS)
+
+
+def bracket(loss_of: Callable[[float], float]) -> dict[float, float]:
+    """Losses of shares of tokens in all that is saved: none, half, and then in the middle of the better side."""
+    losses = {share: loss_of(share) for share in (0.0, 0.5)}
+    middle = 0.75 if losses[0.5] < losses[0.0] else 0.25
+    return {**losses, middle: loss_of(middle)}
+
+
+def best(losses: dict[float, float]) -> float:
+    """The share of tokens with the least loss.
+
+    Raises:
+        FloatingPointError: no loss is finite.
+    """
+    if not any(map(math.isfinite, losses.values())):
+        raise FloatingPointError("every way to the budget that was tried ends in a loss that is not finite")
+    return min(losses, key=lambda share: losses[share])
+
+
+def rests(steps: int) -> Iterable[int]:
+    """Training steps after each jump, as many numbers as one asks for: nothing is left for a tenth jump of five."""
+    left = round(RESTING * steps)
+    each = -(-left // JUMPS)
+    while True:
+        yield min(each, left)
+        left -= min(each, left)

@@ -1,0 +1,108 @@
+"""Ways that are walked for trial: which share of tokens is looked at, and that nothing of a walk stays."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comp_edge.budget import Budget
+from comp_edge.scouting import JUMPS, RESTING, best, bold, bracket, rests
+from comp_edge.selectors import ProbeSelector, mixed
+from comp_edge.session import Session
+from tests.comp_edge.test_pruning import QUICK
+
+
+@pytest.mark.parametrize(("optimum", "looked_at"), [(0.0, 0.25), (0.2, 0.25), (0.6, 0.75), (1.0, 0.75)])
+def test_the_third_way_lies_on_the_better_side(optimum: float, looked_at: float) -> None:
+    losses = bracket(lambda share: (share - optimum) ** 2)
+    assert list(losses) == [0.0, 0.5, looked_at]
+    assert best(losses) == min((0.0, 0.5, looked_at), key=lambda share: abs(share - optimum))
+
+
+def test_a_way_that_leads_nowhere_is_not_taken() -> None:
+    assert best({0.0: math.inf, 0.5: 3.0, 0.75: math.nan}) == 0.5
+    with pytest.raises(FloatingPointError, match="every way to the budget that was tried"):
+        best({0.0: math.inf, 0.5: math.nan})
+
+
+@given(st.floats(0.01, 0.9), st.integers(1, 40))
+def test_jumps_come_as_far_as_the_stages(share: float, stages: int) -> None:
+    reached = (1 - bold(share, stages=stages)) ** JUMPS
+    assert reached == pytest.approx((1 - share) ** max(stages, JUMPS), rel=1e-6)
+
+
+@given(st.integers(0, 200))
+def test_steps_between_jumps(steps: int) -> None:
+    taken = list(itertools.islice(rests(steps), 3 * JUMPS))
+    assert sum(taken) == round(RESTING * steps) and all(n >= 0 for n in taken)
+    assert not any(taken[JUMPS:])
+
+
+@pytest.fixture
+def session(tiny_model: Any, tiny_task: Any) -> Session:
+    return Session(
+        tiny_model, tiny_task, budget=Budget(macs=0.5), strategy="probe", out=None, seed=1, config=QUICK, base="tiny",
+        deploy="any", on_progress=lambda progress: told.append(progress),
+    )  # fmt: skip
+
+
+told: list[Any] = []
+
+
+def test_nothing_of_a_walk_stays(session: Session) -> None:
+    """Weights, optimizer, masks and token counts are as before, and training was really tried."""
+    told.clear()
+    before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    trained, inner = [], session._step
+
+    def step(*args: Any, **options: Any) -> float:
+        trained.append(options["where"])
+        return inner(*args, **options)
+
+    session._step = step
+    session.start(evaluate=False)
+    session.model.eval()
+    chosen, why = session.selector.select(session.setting, session.state, goal=0.1, stage=0)
+    assert len(trained) == 3 * session.setting.trial_steps > 0 and all("for trial" in where for where in trained)
+    assert {progress.phase for progress in told} == {"scout"} and all(progress.done == 0 for progress in told)
+    for name, tensor in session.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not session.optimizer.state_tensors()
+    assert all(bool((mask == 1).all()) for mask in session.masks.masks.values())
+    assert session.schedule.tokens == {name: tuple(counts) for name, counts in session.state.tokens.items()}
+    assert [walk["tokens"] for walk in why["walks"]][:2] == [0.0, 0.5] and chosen.saving >= 0.05
+    assert why["token_share"] == best(session.selector.losses)
+
+    session.selector.select(session.setting, session.state, goal=0.1, stage=1)
+    assert len(trained) == 3 * session.setting.trial_steps  # the way is found once
+
+
+def test_what_was_found_survives_a_checkpoint() -> None:
+    selector, other = ProbeSelector({0.0: 0.5, 0.5: math.inf, 0.25: 0.25}), ProbeSelector()
+    other.restore(selector.to_json())
+    assert other == selector and best(other.losses) == 0.25
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_stage_takes_the_proportion(session: Session, share: float) -> None:
+    session.start(evaluate=False)
+    session.model.eval()
+    taken = mixed(session.setting, session.state, share, 0.2)
+    savings = {"tokens": 0.0, "params": 0.0}
+    for proposal in taken:
+        savings[proposal.mode.rsplit("_", 1)[-1]] += proposal.saving
+    assert sum(savings.values()) >= 0.19
+    assert savings["tokens"] == pytest.approx(share * 0.2, abs=0.05)
+
+
+def test_what_one_kind_cannot_save_the_other_does(session: Session) -> None:
+    session.start(evaluate=False)
+    session.model.eval()
+    taken = mixed(session.setting, session.state, 1.0, 0.9)  # a stage may not take so many tokens
+    assert {proposal.mode for proposal in taken} == {"tokens", "params"}
