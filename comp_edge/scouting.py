@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+WAYS = 3  # see `bracket`
 JUMPS = 5  # stages of a way that is walked for trial
 TRIAL = 0.2  # training steps of such a way, as a share of the pass's
 RESTING = 0.5  # share of these steps that are taken between the jumps; the rest recovers at the end

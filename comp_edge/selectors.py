@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from comp_edge.calibrate import Collector, collect, gradient_scores
 from comp_edge.masks import UnitMasks
 from comp_edge.proposals import Proposal, Proposer
 from comp_edge.schedule import Schedule
-from comp_edge.scouting import JUMPS, best, bold, bracket, rests
+from comp_edge.scouting import JUMPS, WAYS, best, bold, bracket, rests
 from comp_edge.settings import PruneConfig
 from comp_edge.state import State
 from comp_edge.strategy import BASELINES, MPS, turn
@@ -53,7 +53,13 @@ class Setting:
 
 
 class Selector(Protocol):
-    """Chooses a proposal for each stage, and learns what it did."""
+    """Chooses a proposal for each stage, and learns what it did.
+
+    Attributes:
+        ways: how many ways to the budget it walks for trial before the first stage.
+    """
+
+    ways: int
 
     def select(
         self, setting: Setting, state: State, *, goal: float, stage: int
@@ -70,27 +76,15 @@ class Selector(Protocol):
         """Take over what `to_json` gave."""
 
 
-class _Memoryless:
-    """Of selectors to which it does not matter what a stage did."""
-
-    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
-        """Nothing: turns are fixed, or the next stage looks for itself."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Nothing is remembered."""
-        return {}
-
-    def restore(self, value: Mapping[str, Any]) -> None:
-        """Nothing is remembered."""
-
-
 @dataclass
-class FixedSelector(_Memoryless):
+class FixedSelector:
     """The baselines `params`, `tokens` and `joint`: parameters and tokens in turn, each of all streams at once.
 
     Parameters of all streams share one ranking, and tokens of all streams one threshold, as methods for a single mode have
     it; turns of five modes would wipe out the small streams first.
     """
+
+    ways: ClassVar[int] = 0
 
     def select(
         self, setting: Setting, state: State, *, goal: float, stage: int
@@ -105,12 +99,23 @@ class FixedSelector(_Memoryless):
                 return proposal, {"why": "in turn"}
         return None, {}
 
+    def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
+        """Nothing: turns are fixed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Nothing is remembered."""
+        return {}
+
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
+
 
 @dataclass
 class CompSelector:
     """CoMP as published: structured Wanda with CIM ranks, MPS chooses the mode."""
 
     mps: MPS
+    ways: ClassVar[int] = 0
 
     def select(
         self, setting: Setting, state: State, *, goal: float, stage: int
@@ -150,9 +155,10 @@ class ProbeSelector:
     worse than removing parameters alone: see `docs/method.md`.)
 
     Attributes:
-        losses: of the ways that were walked, per share of tokens; empty before the first stage.
+        losses: of the ways that were walked, per share of tokens; empty before the first stage, unless there is but one way.
     """
 
+    ways: int = WAYS
     losses: dict[float, float] = field(default_factory=dict)
 
     def select(
@@ -161,11 +167,7 @@ class ProbeSelector:
         """Tokens and parameters in the proportion that was found, or what still can be saved."""
         why: dict[str, Any] = {}
         if not self.losses:
-            kinds = {mode.rsplit("_", 1)[1] for mode in setting.modes}
-            if len(kinds) > 1:
-                self.losses = bracket(lambda share: _walk(setting, state, share))
-            else:
-                self.losses = {1.0 if "tokens" in kinds else 0.0: 0.0}
+            self.losses = bracket(lambda share: _walk(setting, state, share))
             ends = {share: loss if math.isfinite(loss) else None for share, loss in self.losses.items()}
             why = {"walks": [{"tokens": share, "loss": loss} for share, loss in ends.items()]}
         share = best(self.losses)
@@ -293,11 +295,14 @@ def comparable(setting: Setting) -> bool:
     return setting.config.importance != "wanda"
 
 
-def make_selector(strategy: str, config: PruneConfig) -> Selector:
-    """The selector of a strategy named in `strategy.STRATEGIES`."""
+def make_selector(strategy: str, config: PruneConfig, modes: Sequence[str]) -> Selector:
+    """The selector of a strategy named in `strategy.STRATEGIES`, for these modes."""
     if strategy in BASELINES:
         return FixedSelector()
-    return CompSelector(MPS(config.mps)) if strategy == "comp" else ProbeSelector()
+    if strategy == "comp":
+        return CompSelector(MPS(config.mps))
+    tokens = {mode.endswith("_tokens") for mode in modes}
+    return ProbeSelector() if len(tokens) > 1 else ProbeSelector(ways=0, losses={float(tokens.pop()): 0.0})
 
 
 def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *, fade: float, cit: bool) -> None:

@@ -125,7 +125,7 @@ class Session:
         )
         self.masks = UnitMasks(self.streams)
         self.schedule = attach(model, self.state.tokens)
-        self.selector = make_selector(strategy, config)
+        self.selector = make_selector(strategy, config, self.modes)
         self.setting = Setting(
             model=model,
             task=task,
@@ -151,7 +151,7 @@ class Session:
             model.requires_grad_(False)
             return_memory_at_once()
         self.stage, self.tuned = 0, 0
-        self.ways = 0  # walked for trial
+        self.tried = 0  # optimizer steps of ways that were walked for trial
         self.score = self.dense_score = math.nan
         self.dense_test_score: float | None = None
         self.trace: list[dict[str, Any]] = []
@@ -295,7 +295,6 @@ class Session:
         The weights that are put back are the teacher's.
         """
         done, total = 0, self.setting.trial_steps
-        self.ways += 1
 
         def train(state: State, steps: int) -> None:
             nonlocal done
@@ -305,7 +304,8 @@ class Session:
                 factor = warmup_cosine(done, total, warmup=WARMUP)
                 self._step(batch, factor, where=f"step {done + 1} of a way walked for trial", processes=ALONE)
                 done += 1
-                self._tell("scout", f"way {self.ways} for trial, step {done} of {total}")
+                self.tried += 1
+                self._tell("scout", f"way {(self.tried - 1) // total + 1} for trial, step {done} of {total}")
             self.model.eval()
 
         with self._batches(TRIALS, total) as drawn:
@@ -518,9 +518,12 @@ class Session:
     def _tell(self, phase: str, message: str = "", *, step: int = 0) -> None:
         if not self.processes.main:
             return
+        trials = self.selector.ways * self.setting.trial_steps
+        tried = trials if self.stage or step or self.tuned else self.tried
         done = self.stage * self.config.stage_steps + step + self.tuned
         left = (self.proposer.price(self.state) - self.target) / (1 - self.target) * self.config.stages
         stages = max(0, math.ceil(left))
-        ahead = max(0, stages * self.config.stage_steps - step)
-        total = done + ahead + self.config.steps_after(self.stage + stages) - self.tuned
-        self.on_progress(Progress(phase=phase, done=done, total=total, message=message))
+        ahead = (
+            max(0, stages * self.config.stage_steps - step) + self.config.steps_after(self.stage + stages) - self.tuned
+        )
+        self.on_progress(Progress(phase, done + tried, done + ahead + trials, message, step=done))

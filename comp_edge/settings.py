@@ -44,8 +44,8 @@ class PruneConfig:
     """
 
     stages: int = 16
-    stage_steps: int = 15
-    final_steps: int = 300
+    stage_steps: int = 9
+    final_steps: int = 156
     total_steps: int | None = None
     importance: Importance | None = None
     lr: float | None = None
@@ -121,9 +121,15 @@ class PruneResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a pass tells while it runs: done and total are optimizer steps (total is an estimate)."""
+    """What a pass tells while it runs.
+
+    Attributes:
+        done, total: optimizer steps, those of ways that are walked for trial included; the total is an estimate.
+        step: optimizer steps that the result has taken.
+    """
 
     phase: str
     done: int
     total: int
     message: str = ""
+    step: int = 0

@@ -166,7 +166,7 @@ def find_schedule(comparison: Comparison, tell: Callable[[int], None]) -> dict[s
         config=comparison.config,
         base=comparison.model,
         deploy="any",
-        on_progress=lambda progress: tell(min(progress.done, most)),
+        on_progress=lambda progress: tell(min(progress.step, most)),
     )
     session.start(evaluate=False)
     session.advance()

@@ -66,7 +66,7 @@ def add(kinds: Any) -> None:
         "--prune-seeds", nargs="+", type=common.natural, metavar="N", help="one for each dense seed (default: the same)"
     )
     parser.add_argument("--cross", action="store_true", help="every dense seed with every pruning seed")
-    parser.add_argument("--steps", type=common.count, metavar="N", help="optimizer steps of every cell (default: 600)")
+    parser.add_argument("--steps", type=common.count, metavar="N", help="optimizer steps of every cell (default: 300)")
     parser.add_argument(
         "--options", metavar="NAME=VALUE,...", help="options of all strategies; a strategy's own go before"
     )

@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
     facts["poisoned"] = raised(lambda: prune("comp", PoisonedSecond(tiny.make_processor()), evaluate=False))
     told: list[int] = []
     for strategy in ("comp", "probe"):
-        result = prune(strategy, out=folder / strategy, on_progress=lambda progress: told.append(progress.done))
+        result = prune(strategy, out=folder / strategy, on_progress=lambda progress: told.append(progress.step))
         tensors = {name: value.contiguous() for name, value in result.model.state_dict().items()}
         save_file(tensors, folder / f"{strategy}-{processes.index}.safetensors")
         facts[strategy] = {**result.metrics["dense"], **result.metrics["pruned"], "folder": result.folder.is_dir()}

@@ -114,7 +114,7 @@ def test_resumed_equals_uninterrupted(
     whole = prune(make_model(), tiny_task, strategy=strategy, out=tmp_path / "whole")
 
     def stop(progress: Any) -> None:
-        if progress.done >= after:
+        if progress.step >= after:
             raise _Stop
 
     with pytest.raises(_Stop):

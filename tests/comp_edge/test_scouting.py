@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from typing import Any
 
@@ -70,7 +71,8 @@ def test_nothing_of_a_walk_stays(session: Session) -> None:
     session.model.eval()
     chosen, why = session.selector.select(session.setting, session.state, goal=0.1, stage=0)
     assert len(trained) == 3 * session.setting.trial_steps > 0 and all("for trial" in where for where in trained)
-    assert {progress.phase for progress in told} == {"scout"} and all(progress.done == 0 for progress in told)
+    assert {progress.phase for progress in told} == {"scout"} and all(progress.step == 0 for progress in told)
+    assert [progress.done for progress in told] == list(range(1, len(trained) + 1))
     for name, tensor in session.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert not session.optimizer.state_tensors()
@@ -84,8 +86,8 @@ def test_nothing_of_a_walk_stays(session: Session) -> None:
 
 
 def test_what_was_found_survives_a_checkpoint() -> None:
-    selector, other = ProbeSelector({0.0: 0.5, 0.5: math.inf, 0.25: 0.25}), ProbeSelector()
-    other.restore(selector.to_json())
+    selector, other = ProbeSelector(losses={0.0: 0.5, 0.5: math.inf, 0.25: 0.25}), ProbeSelector()
+    other.restore(json.loads(json.dumps(selector.to_json())))
     assert other == selector and best(other.losses) == 0.25
 
 

@@ -182,9 +182,9 @@ def _prune(
         nonlocal message
         message = progress.message or message
         if (rows := task.taken()) and progress.phase != "scout":  # what was trained for trial was put back
-            ledger.book(progress.done, rows)
+            ledger.book(progress.step, rows)
         text = message if progress.phase in ("prune", "scout") and message else progress.phase
-        tell(min(progress.done, cell.steps), text)
+        tell(min(progress.step, cell.steps), text)
 
     torch.manual_seed(cell.prune_seed)  # for what may draw from it: the result is not to depend on the cell before
     try:
