@@ -59,7 +59,7 @@ def add(subparsers: Any) -> None:
         "--train-steps",
         type=common.natural,
         metavar="N",
-        help="optimizer steps in all, instead of the two options above: half in stages, half after them; 0 trains nothing",
+        help="optimizer steps in all, instead of the two options above: a sixth in stages, the others after; 0 trains nothing",
     )
     parser.add_argument(
         "--accumulate", type=common.count, metavar="N", help="cut training batches into N, for less memory (default: 1)"

@@ -149,3 +149,17 @@ def test_what_a_strategy_decides_where_nothing_was_given():
         given_ = PruneConfig(cip=True, cit=False, importance="taylor").of(strategy)
         assert (given_.cip, given_.cit, given_.importance) == (True, False, "taylor")
     assert PruneConfig(stage_steps=0, final_steps=0).of("probe").importance == "wanda"  # no gradients there
+
+
+@given(st.integers(0, 2000), st.integers(1, 40))
+def test_a_sixth_of_the_steps_is_taken_in_stages(steps: int, stages: int) -> None:
+    config = PruneConfig(stages=stages).sharing(steps)
+    taken = sum(map(config.steps_in, range(stages)))
+    assert taken + config.steps_after(stages) == steps == config.planned_steps
+    assert steps - 6 * stages < 6 * taken <= max(steps, 6 * stages)
+    assert (config.stage_steps == 0) == (steps < stages)  # every stage trains where there are enough steps for that
+
+
+def test_the_default_is_what_sharing_gives() -> None:
+    assert PruneConfig().sharing(300).stage_steps == PruneConfig().stage_steps
+    assert PruneConfig().planned_steps == 300
