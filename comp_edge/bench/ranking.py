@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from comp_edge.bench.method.options import flat
 from comp_edge.bench.method.pool import Failure, Job
 from comp_edge.bench.parts import PARTS, finished_part, run_parts, write_part
 from comp_edge.bench.ranking_statistics import agreement, fidelity
@@ -36,6 +35,7 @@ from comp_edge.bench.ranking_units import (
 from comp_edge.budget import Budget
 from comp_edge.checkpoint import load_dense, load_processor
 from comp_edge.errors import InputError
+from comp_edge.options import flat
 from comp_edge.session import STATE_FILE, Session
 from comp_edge.settings import Progress, PruneConfig
 from comp_edge.tasks import load_task, take_examples

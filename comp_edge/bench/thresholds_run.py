@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from comp_edge.bench.method.dense import test_batches
-from comp_edge.bench.method.options import flat
 from comp_edge.bench.method.pool import Failure, Job
 from comp_edge.bench.parts import PARTS, finished_part, run_parts, write_part
 from comp_edge.bench.thresholds import (
@@ -32,6 +31,7 @@ from comp_edge.budget import Budget
 from comp_edge.checkpoint import load_dense, load_processor
 from comp_edge.cost import MacsCost
 from comp_edge.families import family_of
+from comp_edge.options import flat
 from comp_edge.recovery import Distillation
 from comp_edge.schedule import attach
 from comp_edge.session import FINE_TUNING, Session

@@ -180,7 +180,7 @@ def _targets(arguments: Any) -> list[Any]:
 def _methods(arguments: Any) -> list[Any]:
     from comp_edge import strategy
     from comp_edge.bench.method.grid import STEPS
-    from comp_edge.bench.method.options import parse_method, with_options
+    from comp_edge.options import parse_method, with_options
     from comp_edge.settings import PruneConfig
 
     base = PruneConfig().sharing(arguments.steps or (QUICK_STEPS if arguments.quick else STEPS))

@@ -82,7 +82,7 @@ def chosen_model(arguments: Any, quick: Sequence[str]) -> str:
 
 def chosen_config(arguments: Any, quick: str) -> Any:
     """`PruneConfig` with the options of a quick run, where it is one, and those that are given."""
-    from comp_edge.bench.method.options import with_options
+    from comp_edge.options import with_options
     from comp_edge.settings import PruneConfig
 
     config = with_options(PruneConfig(), quick if arguments.quick else "", where="--quick")

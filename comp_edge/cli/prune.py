@@ -13,6 +13,7 @@ EXAMPLES = """\
 examples:
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 -o pruned
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 --strategy comp -o pruned-comp
+  comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 --strategy comp:cip=no,explore=0 -o ablated
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 -o pruned --resume    after an interruption
   comp-edge prune --model HuggingFaceTB/SmolVLM-256M-Instruct --task tasks/my_task.py:MyTask --keep 0.5 -o pruned
   comp-edge prune --model pruned --task digit_vqa --keep 0.8 -o pruned-more       80 % of what is left
@@ -44,7 +45,10 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--keep", type=common.fraction, default=0.3, help="fraction of the MACs to keep (default: 0.3)")
     parser.add_argument("--decode-tokens", type=common.natural, default=0, help="generated tokens to count in")
     parser.add_argument(
-        "--strategy", default="probe", help=f"{' or '.join(STRATEGIES)} (default: %(default)s; comp is the paper's)"
+        "--strategy",
+        default="probe",
+        metavar="STRATEGY[:NAME=VALUE,...]",
+        help=f"{' or '.join(STRATEGIES)} (default: %(default)s; comp is the paper's), and options of comp_edge.PruneConfig",
     )
     parser.add_argument(
         "--deploy", choices=("any", "stock"), default="any",
@@ -95,16 +99,11 @@ def _prune(arguments: Any, *, main: bool) -> None:
     from comp_edge.checkpoint import load_any, load_processor, resolve
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable
+    from comp_edge.options import parse_method
     from comp_edge.pruning import prune
     from comp_edge.settings import PruneConfig
-    from comp_edge.strategy import STRATEGIES
     from comp_edge.tasks import load_task, task_class
 
-    if arguments.strategy not in STRATEGIES:
-        raise InputError(f"unknown strategy {arguments.strategy!r}; give one of {', '.join(STRATEGIES)}.")
-    resolve(arguments.model)
-    task_class(arguments.task)
-    check_writable(arguments.out)
     options = {
         name: getattr(arguments, name)
         for name in (
@@ -128,6 +127,10 @@ def _prune(arguments: Any, *, main: bool) -> None:
     config = PruneConfig(checkpointing=arguments.checkpointing, **options)
     if arguments.train_steps is not None:
         config = config.sharing(arguments.train_steps)
+    method = parse_method(arguments.strategy, base=config)
+    resolve(arguments.model)
+    task_class(arguments.task)
+    check_writable(arguments.out)
     model = load_any(arguments.model, dtype=common.dtype(arguments.dtype))
     processor = load_processor(arguments.model)
     task = load_task(arguments.task, processor, model)
@@ -144,10 +147,10 @@ def _prune(arguments: Any, *, main: bool) -> None:
             model,
             task,
             budget=Budget(macs=arguments.keep, decode_tokens=arguments.decode_tokens),
-            strategy=arguments.strategy,
+            strategy=method.strategy,
             out=arguments.out,
             seed=arguments.seed,
-            config=config,
+            config=method.config,
             processor=processor,
             base=arguments.model,
             deploy=arguments.deploy,

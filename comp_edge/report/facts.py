@@ -24,6 +24,14 @@ Share = Annotated[FiniteFloat, Field(ge=0)]
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
+class Way(BaseModel):
+    """A short way to the budget that was walked for trial: tokens' share of what it saved, and the loss at its end."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    tokens: Annotated[FiniteFloat, Field(ge=0, le=1)]
+    loss: FiniteFloat | None  # None where it diverged, or did not get there
+
+
 class Stage(BaseModel):
     """One line of `trace.jsonl`: what one stage did, and why. Prices may be infinite (a candidate that diverged)."""
 
@@ -33,7 +41,9 @@ class Stage(BaseModel):
     action: str
     also: tuple[str, ...] = ()
     why: str
-    costs: dict[str, float]
+    costs: dict[str, float] = {}
+    walks: tuple[Way, ...] = ()
+    token_share: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     score: FiniteFloat
     loss: float | None  # None where nothing was trained
     cost_fraction: Share
@@ -98,7 +108,7 @@ class Facts:
     def modes(self) -> tuple[str, ...]:
         """The modes that ran or were priced, in the family's order."""
         named = {name.split("/")[0] for stage in self.trace for name in (stage.mode, *stage.costs)}
-        return tuple(mode for mode in family_of(self.model).modes(self.model) if mode in named)
+        return tuple(mode for mode in known_modes(self.model) if mode in named)
 
 
 def read_facts(folder: str | Path) -> Facts:
@@ -120,7 +130,7 @@ def read_facts(folder: str | Path) -> Facts:
     )
     trace = read_trace(folder / TRACE_FILE)
     model = load_pretrained(folder)
-    _check_modes(trace, family_of(model).modes(model), folder / TRACE_FILE)
+    _check_modes(trace, known_modes(model), folder / TRACE_FILE)
     whole = empty_model(copy.deepcopy(model.config))
     pruned = list(model.parameters())
     counts = sum(p.numel() for p in whole.parameters()), sum(p.numel() for p in pruned)
@@ -178,6 +188,11 @@ def _validated(kind: type[Kind], value: Any, where: str) -> Kind:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{where}: {place + ': ' if place else ''}{first['msg']}.") from None
+
+
+def known_modes(model: Any) -> tuple[str, ...]:
+    """The modes of a model, and those that the baselines have of all its streams together."""
+    return (*family_of(model).modes(model), "params", "tokens")
 
 
 def _check_modes(trace: tuple[Stage, ...], modes: tuple[str, ...], path: Path) -> None:

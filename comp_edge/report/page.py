@@ -206,10 +206,23 @@ def _stages(facts: Facts) -> dict[str, Any]:
             }
         )  # fmt: skip
     return {
-        "stages": rows, "modes": facts.modes, "zero": place(0.0, scale), "reasons": {s.why for s in facts.trace},
+        "stages": rows, "priced": any(stage.costs for stage in facts.trace), "ways": _ways(facts.trace),
+        "modes": facts.modes, "zero": place(0.0, scale), "reasons": {s.why for s in facts.trace},
         "shares": {mode: _share(facts.trace, mode) for mode in facts.modes},
         "cost_name": "MACs" if facts.plan.cost is None or facts.plan.cost.name == "macs" else facts.plan.cost.name,
     }  # fmt: skip
+
+
+def _ways(trace: tuple[Stage, ...]) -> list[dict[str, Any]]:
+    """The ways that were walked for trial, by their share of tokens."""
+    return [
+        {
+            "tokens": words.percent(way.tokens), "loss": words.DASH if way.loss is None else f"{way.loss:.3f}",
+            "taken": way.tokens == stage.token_share,
+        }
+        for stage in trace
+        for way in sorted(stage.walks, key=lambda way: way.tokens)
+    ]  # fmt: skip
 
 
 def _share(trace: tuple[Stage, ...], mode: str) -> tuple[str, str]:

@@ -29,6 +29,8 @@ PALETTE = {
     "language-tokens": ("#e2903f", "#f5c38c"),
     "cross-params": ("#5b3a8c", "#9b7bd0"),
     "cross-tokens": ("#9f83cc", "#cdbbeb"),
+    "params": ("#3f4449", "#c9cbce"),  # of all streams together, as the baselines have them
+    "tokens": ("#93989d", "#8d9196"),
     "good": ("#2d7a46", "#6cc088"),
     "bad": ("#b3261e", "#f0847c"),
 }

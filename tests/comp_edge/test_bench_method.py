@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -30,7 +29,6 @@ from comp_edge.bench.method.grid import (
     seed_pairs,
     slug,
 )
-from comp_edge.bench.method.options import flat, option_kinds, parse_method, with_options
 from comp_edge.bench.method.pictures import pictures
 from comp_edge.bench.method.results import KEYS, load_cells, write_pictures, write_results
 from comp_edge.bench.method.statistics import differences, paired_difference, spread, summary
@@ -38,6 +36,7 @@ from comp_edge.bench.method.table import table
 from comp_edge.cost import MacsCost
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
+from comp_edge.options import flat, parse_method
 from comp_edge.proposals import Limits, Proposer
 from comp_edge.settings import PruneConfig
 from comp_edge.state import State
@@ -46,53 +45,7 @@ from tests.families import case_named
 
 BASE = PruneConfig(total_steps=100)
 
-# ---- strategies with options
-
-
-def test_a_label_changes_what_it_names_and_nothing_else() -> None:
-    method = parse_method(
-        "comp:cip=no,stages=24,explore=0,lr=1e-3,muon=none,modes=vision_params+vision_tokens", base=BASE
-    )
-    assert method.strategy == "comp" and method.label.startswith("comp:cip=no")
-    expected = dataclasses.replace(
-        BASE, cip=False, stages=24, lr=1e-3, muon=None, modes=("vision_params", "vision_tokens"),
-        mps=dataclasses.replace(BASE.mps, explore=0.0),
-    )  # fmt: skip
-    assert method.config == expected and type(method.config.mps.explore) is float
-    assert parse_method("probe", base=expected).config == expected
-
-
-def test_every_option_of_the_configuration_can_be_given() -> None:
-    """Also those that will be added: a type that the parser does not know fails here."""
-    defaults = {**vars(BASE), **vars(BASE.mps)}
-    assert set(option_kinds()) == set(defaults) - {"mps", "total_steps", "final_steps"}
-    for name in option_kinds():
-        value = defaults[name]
-        text = "none" if value is None else {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-        assert with_options(BASE, f"{name}={text}", where="here") == BASE
-        with pytest.raises(InputError, match=f"'here' gives '{name}' as '\\+'; it takes "):
-            with_options(BASE, f"{name}=+", where="here")
-
-
-@pytest.mark.parametrize(
-    ("label", "message"),
-    [
-        ("best", "unknown strategy 'best'; give one of params, tokens, joint, comp, probe"),
-        ("comp:cop=no", "'comp:cop=no' has unknown option 'cop'; options are stages, "),
-        ("comp:total_steps=4", "unknown option 'total_steps'"),
-        ("comp:stages=4.5", "'comp:stages=4.5' gives 'stages' as '4.5'; it takes an integer"),
-        ("comp:history=much", "gives 'history' as 'much'; it takes a number"),
-        ("comp:lr=nan", "gives 'lr' as 'nan'; it takes a number"),
-        ("comp:token_norm=max", "gives 'token_norm' as 'max'; it takes sum, mean, minmax or rank"),
-        ("comp:muon=maybe", "gives 'muon' as 'maybe'; it takes yes, no or none"),
-        ("comp:cip", "gives 'cip' as ''"),
-        ("comp:stages=4,stages=5", "gives 'stages' twice"),
-    ],
-)
-def test_options_that_are_refused(label: str, message: str) -> None:
-    with pytest.raises(InputError) as error:
-        parse_method(label, base=BASE)
-    assert message in str(error.value)
+# ---- the grid
 
 
 def test_what_a_cell_depends_on_is_json_in_one_level() -> None:
@@ -101,9 +54,6 @@ def test_what_a_cell_depends_on_is_json_in_one_level() -> None:
     assert json.loads(json.dumps(values)) == values
     cells = [Cell(Target("m", "m", "t"), parse_method(label, base=BASE), 0.5, 0, 0) for label in ("params", "comp")]
     assert [cell.options(None)["cip"] for cell in cells] == [False, True]  # resolved, not as it was left open
-
-
-# ---- the grid
 
 
 def test_models_and_their_tasks(tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_without_training(dense: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "leave out --stage-steps and --final-steps" in message
 
 
+@pytest.mark.parametrize("label", ["joint:importance=taylor", "probe"])
+def test_the_report_of_every_kind_of_strategy(dense: Path, tmp_path: Path, label: str) -> None:
+    """Of one whose stages have no prices, too."""
+    out = tmp_path / "pruned"
+    assert main(["prune", "--model", str(dense), "--task", TASK, "-o", str(out), "--strategy", label, *QUICK]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert ("loss at the end" in page) == (label == "probe") and "of all candidates" not in page
+    assert json.loads((out / "plan.json").read_text())["strategy"] == label.partition(":")[0]
+
+
 def test_inspect(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["inspect", str(dense), "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)

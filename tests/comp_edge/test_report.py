@@ -221,7 +221,8 @@ def test_hostile_questions_and_answers_are_text() -> None:
         "title": HOSTILE, "kept": "", "rows": [], "latency": None, "command": HOSTILE, "strategy": HOSTILE, "seed": 0,
         "budget": HOSTILE, "stage_count": 0, "steps": 0, "minutes": 0.0, "checks": None, "score_chart": "", "macs_chart": "",
         "examples": {"cards": [card], "right": 0}, "layer_charts": [], "dropped": {}, "starts": {}, "stages": [], "modes": (),
-        "zero": 0.5, "reasons": set(), "shares": {}, "cost_name": HOSTILE,
+        "zero": 0.5, "priced": False, "ways": [{"tokens": HOSTILE, "loss": HOSTILE, "taken": True}],
+        "reasons": set(), "shares": {}, "cost_name": HOSTILE,
         "parts": {"rows": [], "decode": None, "biggest": HOSTILE},
     }  # fmt: skip
     parsed = _Page(page.render(context))
@@ -240,6 +241,7 @@ def test_hostile_questions_and_answers_are_text() -> None:
         ("trace.jsonl", json.dumps(stage(1, score="high")), "line 1: score"),
         ("trace.jsonl", json.dumps(stage(1, score=math.nan)), "line 1: score"),
         ("trace.jsonl", json.dumps(stage(1, costs={"vision_params": "dear"})), "line 1: costs.vision_params"),
+        ("trace.jsonl", json.dumps(stage(1, walks=[{"tokens": 2, "loss": 1.0}])), "line 1: walks.0.tokens"),
         ("trace.jsonl", json.dumps(stage(1, mode="audio_params")), "'audio_params'; the model has vision_params"),
         ("trace.jsonl", "[" * 100_000, "line 1 is not valid JSON"),
         ("metrics.json", "{", "not valid JSON"),

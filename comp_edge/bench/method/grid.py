@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from comp_edge.bench.method.options import Method, flat
 from comp_edge.errors import InputError
+from comp_edge.options import Method, flat
 from comp_edge.reference import REFERENCE_MODELS
 from comp_edge.tasks import BUILT_IN, task_class
 

@@ -14,7 +14,7 @@ from comp_edge.errors import InputError
 from comp_edge.settings import PruneConfig
 from comp_edge.strategy import MPSConfig
 
-# What a run decides for all of its cells alike.
+# What other options say: how many steps there are in all, and the constants of MPS by their own names.
 RESERVED = ("total_steps", "final_steps", "mps")
 NONE = "none"
 
