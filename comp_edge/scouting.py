@@ -12,8 +12,11 @@ import math
 from collections.abc import Callable, Iterable
 
 WAYS = 3  # see `bracket`
-JUMPS = 5  # stages of a way that is walked for trial
-TRIAL = 0.2  # training steps of such a way, as a share of the pass's
+JUMPS = 3  # stages of a way that is walked for trial
+TRIAL = (
+    0.2  # training steps of such a way, as a share of the pass's; with half of them the wrong way won on blip-digits
+)
+ROWS = 2  # only one of so many parts of a training batch is used: steps tell more of a way's end than examples do
 RESTING = 0.5  # share of these steps that are taken between the jumps; the rest recovers at the end
 
 
@@ -41,7 +44,7 @@ def best(losses: dict[float, float]) -> float:
 
 
 def rests(steps: int) -> Iterable[int]:
-    """Training steps after each jump, as many numbers as one asks for: nothing is left for a tenth jump of five."""
+    """Training steps after each jump, as many numbers as one asks for: nothing is left for a fourth jump of three."""
     left = round(RESTING * steps)
     each = -(-left // JUMPS)
     while True:

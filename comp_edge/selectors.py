@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -323,13 +323,20 @@ def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *,
     }
 
 
-def cut(batches: Sequence[dict[str, Tensor]], parts: int, *, least: int) -> Iterator[dict[str, Tensor]]:
-    """The batches cut by examples; one whose tensors disagree on how many it has stays whole."""
+def cut(
+    batches: Iterable[dict[str, Tensor]], parts: int, *, least: int, most: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The batches cut by examples; one whose tensors disagree on how many it has stays whole.
+
+    Args:
+        parts: of each batch, or fewer where a part would have fewer than `least` examples.
+        most: only the first so many parts of each batch are given.
+    """
     for batch in batches:
         size = examples(batch)
         if size is None:
             yield batch
             continue
         step = max(1, min(least, size), size // parts)
-        for start in range(0, size - step + 1, step):
+        for start in range(0, size - step + 1, step)[:most]:
             yield take_rows(batch, slice(start, start + step))

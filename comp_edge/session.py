@@ -42,8 +42,8 @@ from comp_edge.proposals import Limits, Proposal, Proposer
 from comp_edge.recomputation import Recomputation
 from comp_edge.recovery import Distillation
 from comp_edge.schedule import attach
-from comp_edge.scouting import TRIAL
-from comp_edge.selectors import Setting, apply_state, make_selector
+from comp_edge.scouting import ROWS, TRIAL
+from comp_edge.selectors import Setting, apply_state, cut, make_selector
 from comp_edge.settings import Progress, PruneConfig, PruneResult
 from comp_edge.state import State
 from comp_edge.strategy import STRATEGIES
@@ -295,12 +295,13 @@ class Session:
         The weights that are put back are the teacher's.
         """
         done, total = 0, self.setting.trial_steps
+        least = self.config.accumulate * getattr(self.task, "least_examples", 1)
 
         def train(state: State, steps: int) -> None:
             nonlocal done
             self._apply(state, state, 0.0)
             self.model.train()
-            for batch in itertools.islice(batches, steps):
+            for batch in cut(itertools.islice(batches, steps), ROWS, least=least, most=1):
                 factor = warmup_cosine(done, total, warmup=WARMUP)
                 self._step(batch, factor, where=f"step {done + 1} of a way walked for trial", processes=ALONE)
                 done += 1
