@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable
 
 WAYS = 3  # see `bracket`
 JUMPS = 3  # stages of a way that is walked for trial
-TRIAL = (
-    0.2  # training steps of such a way, as a share of the pass's; with half of them the wrong way won on blip-digits
-)
+TRIAL = 0.2  # training steps of such a way, as a share of the pass's; half of them were too few (docs/method.md)
 ROWS = 2  # only one of so many parts of a training batch is used: steps tell more of a way's end than examples do
 RESTING = 0.5  # share of these steps that are taken between the jumps; the rest recovers at the end
 
