@@ -223,7 +223,7 @@ def test_bad_input(command: Any, tmp_path: Path, capsys: Any, more: list[str], m
 def test_other_options_in_the_same_folder(whole: Path, command: Any, dense: Path, tmp_path: Path, capsys: Any) -> None:
     before = results_of(whole)
     message = fails(capsys, command(whole, "--options", OPTIONS + ",lr=1e-4"))
-    assert "holds tiny@" in message and "params 0.4 seeds 0/0 with lr 0.0005, this run has 0.0001" in message
+    assert "holds tiny@" in message and "params 0.4 seeds 0/0 with lr None, this run has 0.0001" in message
     # Another cell, but other steps than those that are there.
     assert "with steps 8, this run has 9" in fails(capsys, command(whole, "--strategies", "joint", "--steps", 9))
     other = tmp_path / f"{slug(MODEL)}-0"

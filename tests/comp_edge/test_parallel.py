@@ -67,8 +67,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             alone = prune(strategy, config=config)
             assert alone.plan == saved.comp_edge_plan
             for name, value in alone.model.state_dict().items():
-                # Biases of keys have no gradient but rounding, which Adam scales up; they change nothing.
-                if config is not QUICK or not name.endswith("k_proj.bias"):
+                # Biases of keys have no gradient but rounding, which Adam scales up; they change nothing. (Parts are added
+                # up in another order where a process cuts its share of a batch once more.)
+                if not name.endswith("k_proj.bias"):
                     torch.testing.assert_close(own[name], value, atol=TOLERANCE, rtol=0, msg=name)
             trace = [json.loads(line) for line in (tmp_path / strategy / "trace.jsonl").read_text().splitlines()]
             for line, expected in zip(trace, alone.trace, strict=True):
