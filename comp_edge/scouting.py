@@ -9,7 +9,7 @@ and with few training steps each; what the model has unlearnt there decides, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 WAYS = 3  # see `bracket`
 JUMPS = 3  # stages of a way that is walked for trial
@@ -41,7 +41,7 @@ def best(losses: dict[float, float]) -> float:
     return min(losses, key=lambda share: losses[share])
 
 
-def rests(steps: int) -> Iterable[int]:
+def rests(steps: int) -> Iterator[int]:
     """Training steps after each jump, as many numbers as one asks for: nothing is left for a fourth jump of three."""
     left = round(RESTING * steps)
     each = -(-left // JUMPS)

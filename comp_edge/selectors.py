@@ -90,11 +90,10 @@ class FixedSelector:
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
         """What the turn says, or the other kind when that cannot save any more."""
-        kinds = [kind for kind in ("params", "tokens") if any(mode.endswith(kind) for mode in setting.modes)]
+        kinds = [kind for kind in ("params", "tokens") if streams_of(setting.modes, kind)]
         importance = Importances(setting)
         for kind in turn(kinds, stage):
-            streams = [mode.rsplit("_", 1)[0] for mode in setting.modes if mode.endswith(kind)]
-            proposal = propose(setting, state, kind, streams, importance, goal)
+            proposal = propose(setting, state, kind, streams_of(setting.modes, kind), importance, goal)
             if proposal is not None:
                 return proposal, {"why": "in turn"}
         return None, {}
@@ -226,7 +225,7 @@ def _loss(setting: Setting, state: State) -> float:
 
 def _savings(setting: Setting, old: State, new: State) -> dict[str, float]:
     """What each mode's changes would have saved alone."""
-    found = {}
+    found, before = {}, setting.proposer.price(old)
     for mode in setting.modes:
         stream, kind = mode.rsplit("_", 1)
         if kind == "tokens":
@@ -234,7 +233,7 @@ def _savings(setting: Setting, old: State, new: State) -> dict[str, float]:
         else:
             alone = old.copy()
             alone.alive |= {site: alive for site, alive in new.alive.items() if site.stream == stream}
-        found[mode] = setting.proposer.price(old) - setting.proposer.price(alone)
+        found[mode] = before - setting.proposer.price(alone)
     return found
 
 
@@ -245,13 +244,12 @@ def mixed(setting: Setting, state: State, share: float, goal: float) -> list[Pro
         What was taken, each from the state of the one before; empty where nothing can be saved any more.
     """
     importance, taken, saved = Importances(setting), [], 0.0
-    kinds = {kind: [m.rsplit("_", 1)[0] for m in setting.modes if m.endswith(kind)] for kind in ("tokens", "params")}
     for kind, part in (("tokens", share), ("params", 1.0), ("tokens", 1.0)):
-        wanted = part * goal if part < 1 else goal - saved
-        if not kinds[kind] or wanted <= ROUNDING * goal:
+        streams, wanted = streams_of(setting.modes, kind), min(part * goal, goal - saved)
+        if not streams or wanted <= ROUNDING * goal:
             continue
         now = taken[-1].state if taken else state
-        if (proposal := propose(setting, now, kind, kinds[kind], importance, wanted)) is not None:
+        if (proposal := propose(setting, now, kind, streams, importance, wanted)) is not None:
             taken.append(proposal)
             saved += proposal.saving
     return taken
@@ -280,6 +278,11 @@ class Importances:
         return gradient_scores(s.model, s.task, s.masks, parts, power=1 if s.config.importance == "taylor" else 2)
 
 
+def streams_of(modes: Sequence[str], kind: str) -> list[str]:
+    """The streams whose parameters or tokens are among these modes."""
+    return [mode.rsplit("_", 1)[0] for mode in modes if mode.endswith(kind)]
+
+
 def propose(
     setting: Setting, state: State, kind: str, streams: Sequence[str], importance: Importances, goal: float
 ) -> Proposal | None:
@@ -301,8 +304,8 @@ def make_selector(strategy: str, config: PruneConfig, modes: Sequence[str]) -> S
         return FixedSelector()
     if strategy == "comp":
         return CompSelector(MPS(config.mps))
-    tokens = {mode.endswith("_tokens") for mode in modes}
-    return ProbeSelector() if len(tokens) > 1 else ProbeSelector(ways=0, losses={float(tokens.pop()): 0.0})
+    tokens, params = streams_of(modes, "tokens"), streams_of(modes, "params")
+    return ProbeSelector() if tokens and params else ProbeSelector(ways=0, losses={float(bool(tokens)): 0.0})
 
 
 def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *, fade: float, cit: bool) -> None:
