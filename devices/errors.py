@@ -1,5 +1,13 @@
-"""The error of this package."""
+"""The errors of this package: what a user can do something about, one sentence each."""
 
 
 class DeviceError(ValueError):
-    """A device or a program cannot be used; one sentence that names it and what would be accepted."""
+    """A device, a program or a file cannot be used; one sentence that names it and what would be accepted."""
+
+
+class DeviceGone(DeviceError):
+    """The device cannot be reached any more: unplugged, switched off, or its connection broke."""
+
+
+class DeviceTimeout(DeviceError):
+    """A command on the device did not end in time; it was ended there."""
