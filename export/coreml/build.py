@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from export.source import Source
 
 # What a bundle carries; verification may run on many more.
 GOLDEN_KEPT = 8
+# Of a bundle, copied as it is: it imports nothing of comp-edge.
+BENCHMARK_FILE = "benchmark.py"
 
 # Called as (done, total, what).
 Report = Callable[[int, int, str], None]
@@ -56,6 +59,7 @@ def build_bundle(
             write_processor(source, folder)
             example = swift_example(specs, prompt_spec(source), precision)
             (folder / EXAMPLE_FILE).write_text(example, encoding="utf-8")
+            write_benchmark(folder)
         golden = reference(source, requests, progress=_counter(report, len(requests), "reference answers"))
         plain = None
         for precision, folder in folders.items():
@@ -72,6 +76,11 @@ def build_bundle(
                 bundle, modules, precision, golden, plain, notes=source.notes, fields=fields, report=report
             )
     return manifests
+
+
+def write_benchmark(folder: Path) -> None:
+    """Put the script into a bundle that times its functions where Core ML is."""
+    shutil.copyfile(Path(__file__).with_name(BENCHMARK_FILE), folder / BENCHMARK_FILE)
 
 
 def _verified(

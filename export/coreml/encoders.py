@@ -29,7 +29,7 @@ from export.bundle import (
     finish_bundle,
     write_text_golden,
 )
-from export.coreml.build import GOLDEN_KEPT, Report
+from export.coreml.build import GOLDEN_KEPT, Report, write_benchmark
 from export.coreml.convert import ExportError, export_programs, steps, write_packages
 from export.coreml.engine import Cut, EagerEngine, MilEngine, survivors
 from export.coreml.functions import DTYPES, ONLY_FUNCTION, Precision, Selection
@@ -106,6 +106,7 @@ def build_encoders(
                 programs, specs, precision, folder, step=_counter(report, steps(specs), f"{precision}: converting")
             )
             write_processor(source, folder)
+            write_benchmark(folder)
         del programs
         golden = encoder_reference(source, requests, progress=_counter(report, len(requests), "reference answers"))
         plain = None
