@@ -23,7 +23,7 @@ lint: $(READY)
 # The stamp is written last: an interrupted installation is taken up again.
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,lmms-eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,lmms-eval,onnx]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
 	touch $(READY)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,9 @@ from comp_edge.files import write_json
 from comp_edge.plan import Plan
 from devices.errors import DeviceError
 from devices.record import Count, DeviceRecord, Strict
+from devices.timing import percentile
 
+NEW_TOKENS = 16  # room for an answer, where nothing else is said
 SIZE_LIMIT = 256 * 2**20  # bytes of a profile file
 Milliseconds = Annotated[float, Field(ge=0, lt=1e8, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=256)]
@@ -191,11 +192,6 @@ class Profile(Strict):
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema 1."""
         return self.model_dump(mode="json", by_alias=True)
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile of an ascending sequence."""
-    return ordered[max(math.ceil(percent / 100 * len(ordered)) - 1, 0)]
 
 
 if __name__ == "__main__":  # the schema that is shipped, written anew

@@ -103,12 +103,13 @@ def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from devices.host import connect
+    from devices.device import connect
     from devices.program import set_threads
 
     if args.threads < 1 or args.rounds < 0:
         raise BundleError(f"--threads {args.threads} must be at least 1 and --rounds {args.rounds} at least 0.")
-    device = connect(args.device)
+    if args.device != "host":
+        raise DeviceError(f"device {args.device!r} was given; these tests run on this machine: --device host.")
     folders = find_bundles(args.bundle)
     against = _matching(folders, find_bundles(args.against)) if args.against else {}
     with silenced_output():
@@ -132,7 +133,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         result = {
             "ok": ok,
-            "device": device.info().to_json(),
+            "device": connect("host").info().model_dump(mode="json"),
             "threads": args.threads,
             "bundles": [report.to_json() for report in reports],
             "against": [report.to_json() for report in others.values()],

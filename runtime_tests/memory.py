@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from devices.host import peak_memory_mb, resident_memory_mb
+from devices.memory import peak_memory_mb, resident_memory_mb
 from devices.program import set_threads
 from export.bundle import Bundle
 from export.encoder_runner import EncoderRunner, runner_of
