@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from comp_edge.families.base import Family, StreamView
 from comp_edge.importance import relative_to_mean
 from comp_edge.state import Chunk, State, next_chunk
 from comp_edge.units import Site
+
+FREE = 1e-9  # of the dense cost: rounding
 
 
 @dataclass(frozen=True)
@@ -153,20 +156,16 @@ class Proposer:
         low, high, best = 0.0, 4.0, None
         for _ in range(24):
             middle = (low + high) / 2
-            new = state
-            for stream in streams:
-                counts = self._reaching(state, statistics, stream, middle)
-                new = self.with_tokens(
-                    new, stream, [min(pair) for pair in zip(new.tokens[stream], counts, strict=True)]
-                )
-            saved = before - self.price(new)
+            counts = {stream: self._reaching(state, statistics, stream, middle) for stream in streams}
+            saved = before - self.price(self._lowered(state, counts))
             if saved >= goal:
-                best, high = (new, saved), middle
+                best, high = counts, middle
             else:
                 low = middle
                 if best is None:
-                    most = (new, saved)
-        new, saved = best or most
+                    most = counts
+        new = self._with_free_tokens(state, best or most)
+        saved = before - self.price(new)
         return Proposal(_mode(streams, "tokens"), "all", new, saved) if saved > 0 else None
 
     def _reaching(self, state: State, statistics: TokenStatistics, stream: str, threshold: float) -> list[int]:
@@ -191,10 +190,52 @@ class Proposer:
                 low = middle
             else:
                 high = middle - 1
-        new = self._cut(state, stream, layer, low)
+        counts = self._cut(state, stream, layer, low).tokens[stream]
+        new = self._with_free_tokens(state, {stream: counts})
         saved = before - self.price(new)
         where = "behind the connector" if layer == len(self.streams[stream].layers) else f"from layer {layer}"
         return Proposal(f"{stream}_tokens", where, new, saved) if saved > 0 else None
+
+    def _lowered(self, state: State, counts: Mapping[str, Sequence[int]]) -> State:
+        """A state whose streams have at most these token counts."""
+        for stream, most in counts.items():
+            state = self.with_tokens(
+                state, stream, [min(pair) for pair in zip(state.tokens[stream], most, strict=True)]
+            )
+        return state
+
+    def _with_free_tokens(self, state: State, counts: Mapping[str, Sequence[int]]) -> State:
+        """The same with as many tokens as cost no more, at most those that `state` has.
+
+        Devices that compute in tiles have a staircase of costs, where tokens up to the edge of a step are free. Equal counts
+        in a row rise together, because each drop may cost something, and then alone.
+        """
+        price = self.price(self._lowered(state, counts)) + FREE
+        for stream in counts:
+            for point in self.streams[stream].drop_points:
+                now = self._lowered(state, counts).tokens[stream]
+                end = next((i for i in range(point, len(now)) if now[i] < now[point]), len(now))
+                for layers in (range(point, end), range(point, point + 1)):
+                    counts = self._raised(state, counts, stream, layers, price)
+        return self._lowered(state, counts)
+
+    def _raised(
+        self, state: State, counts: Mapping[str, Sequence[int]], stream: str, layers: range, price: float
+    ) -> Mapping[str, Sequence[int]]:
+        """Counts with as many tokens in some layers of a stream as cost no more than `price`."""
+        now = self._lowered(state, counts).tokens[stream]
+        count, highest = now[layers[0]], min(state.tokens[stream][layers[0]], now[layers[0] - 1])
+
+        def with_count(count: int) -> dict[str, Sequence[int]]:
+            return {**counts, stream: [count if i in layers else n for i, n in enumerate(counts[stream])]}
+
+        def costs_more(count: int) -> bool:
+            return self.price(self._lowered(state, with_count(count))) > price
+
+        if count == highest or costs_more(count + 1):
+            return counts
+        free = bisect_left(range(count + 1, highest + 1), True, key=costs_more)
+        return with_count(count + free)
 
     def _cut(self, state: State, stream: str, layer: int, count: int) -> State:
         counts = list(state.tokens[stream])

@@ -287,3 +287,80 @@ def test_a_share_of_everything(model):
     assert not any(
         bool(alive.any()) for s, alive in proposal.state.alive.items() if s == Site("vision", s.layer, "ffn")
     )
+
+
+class Tiled:
+    """A device that computes in tiles: every layer pays for the next multiple of `tile` tokens, and each drop costs `drop`."""
+
+    name = "tiles"
+
+    def __init__(self, model: Any, *, tile: int = 4, drop: float = 0.0) -> None:
+        self.macs, self.tile, self.drop = MacsCost(model), tile, drop
+
+    def predict(self, plan: Plan) -> float:
+        drops = 0
+        for name, stream in plan.streams.items():
+            drops += len(set(stream.tokens)) - 1
+            plan = plan.with_tokens(name, [-(-n // self.tile) * self.tile for n in stream.tokens])
+        return self.macs.predict(plan) + self.drop * drops
+
+
+def check_edges(proposer: Proposer, before: State, after: State) -> None:
+    """One more token anywhere costs more, unless the layer had no more before, or does not get more."""
+    for stream in STREAMS:
+        counts = after.tokens[stream]
+        for layer in (1, 2):
+            if counts[layer] < min(before.tokens[stream][layer], counts[layer - 1]):
+                more = {name: list(n) for name, n in after.tokens.items()}
+                more["language"][0] = before.tokens["language"][0]  # follows from the image tokens
+                more[stream][layer] += 1
+                raised = proposer._lowered(before, more)
+                assert proposer.price(raised) > proposer.price(after) + 1e-9, (stream, layer, after.tokens)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=steps, drop=st.sampled_from([0.0, 2e3]))
+def test_on_a_staircase_counts_lie_on_edges(model, steps, drop):
+    proposer = make_proposer(model, cost=Tiled(model, drop=drop), share=0.6, min_tokens=2)
+    state = State.of(model, prompt_tokens=PROMPT, base="tiny")
+    for mode, goal, seed, way in steps:
+        proposal = propose(proposer, state, mode, goal=goal, seed=seed, way=way)
+        if proposal is not None:
+            assert proposal.saving == pytest.approx(proposer.price(state) - proposer.price(proposal.state), abs=1e-9)
+            if mode.endswith("tokens"):
+                check_edges(proposer, state, proposal.state)
+            state = proposal.state
+
+
+@pytest.mark.parametrize("drop", [0.0, 1e3])
+def test_a_bound_between_two_edges_gives_the_tokens_above_it_free(model, drop):
+    """At most 60 % may go, which leaves 9 of 24 tokens; 12 cost as much."""
+    state = State.of(model, prompt_tokens=PROMPT, base="")
+    free = make_proposer(model, cost=Tiled(model, drop=drop), share=0.6, min_tokens=2)
+    proposal = free.tokens_from_layer(state, stream="language", layer=2, goal=9.0)
+    assert proposal.state.tokens["language"] == [24, 24, 12]
+    plain = make_proposer(model, share=0.6, min_tokens=2).tokens_from_layer(state, stream="language", layer=2, goal=9.0)
+    assert plain.state.tokens["language"] == [24, 24, 9]
+
+
+@pytest.mark.parametrize("drop", [0.0, 2e3])
+def test_layers_rise_together_where_a_drop_between_them_would_cost(model, drop):
+    """Both layers could do with 9 tokens: a drop from 12 to 9 is no gain, whether it costs something or not."""
+    state = State.of(model, prompt_tokens=PROMPT, base="")
+    found = TokenStatistics()
+    for layer in (0, 1):
+        found.scores[("language", layer)] = [torch.tensor([[2.0] * 9 + [0.1] * 15])]
+    proposer = make_proposer(model, cost=Tiled(model, drop=drop), share=0.7, min_tokens=2)
+    proposal = proposer.tokens_by_threshold(state, found, streams=["language"], goal=0.05)
+    assert proposal.state.tokens["language"] == [24, 12, 12]
+
+
+def test_what_image_tokens_gain_the_language_model_gains(model):
+    """Streams that are pruned at once: vision's free tokens come back as prompt, and no prompt token goes for them."""
+    state = State.of(model, prompt_tokens=PROMPT, base="")
+    proposer = make_proposer(model, cost=Tiled(model, tile=8), share=0.6, min_tokens=2)
+    for streams in (STREAMS, STREAMS[::-1]):
+        proposal = proposer.tokens_by_threshold(state, statistics(state, 3), streams=streams, goal=0.2)
+        tokens = proposal.state.tokens
+        assert tokens["language"][0] == tokens["vision"][-1] - 1 + PROMPT
+        check_edges(proposer, state, proposal.state)
