@@ -1,0 +1,209 @@
+"""Measuring a profile: choose points, lower, time, save after each; a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from comp_edge.files import check_writable
+from devices.agent.protocol import Agent, Job
+from devices.anchor import write_anchor
+from devices.conditions import changed, fixed_clocks
+from devices.device import Device, connect
+from devices.errors import DeviceError
+from devices.measuring import Drift, Preset, Stopwatch, measure, preset_named, run_job
+from devices.points import PointSpec, choose_points
+from devices.profiles import NEW_TOKENS, ModelRecord, Point, Profile, Settings
+from devices.programs import Program, Subject, write_program
+from devices.record import DeviceRecord
+
+Progress = Callable[[int, int, str], None]  # points done, of how many, what is going on
+
+
+def profile(
+    device: Device | str,
+    model: str | Path | Subject,
+    *,
+    out: str | Path | None = None,
+    preset: str = "quick",
+    threads: int = 1,
+    cpus: tuple[int, ...] = (),
+    prompt_tokens: int | None = None,
+    new_tokens: int = NEW_TOKENS,
+    set_clocks: bool = False,
+    points: list[PointSpec] | None = None,
+    on_progress: Progress = lambda done, total, text: None,
+) -> Profile:
+    """Measure what pruned forms of a model take on a device.
+
+    The file `out` is written after every point. Where it is there already, of the same device, model and settings, only the
+    points that are missing are measured.
+
+    Args:
+        device: or its address.
+        model: whatever names a model (a folder, a reference model, a hub id, `random:SHAPE`); its weights are not used.
+        preset: "quick", or "report" (at least 1,024 samples or a minute for each method).
+        threads: of the runtime; `cpus` are the cores that it is bound to.
+        prompt_tokens: text tokens of a request's prompt, and `new_tokens`: room for the answer.
+        set_clocks: fix the device's clocks while it is measured; they are put back afterwards.
+        points: what to measure instead of what `devices.points` chooses.
+
+    Raises:
+        DeviceError: the device cannot be used or has gone; `out` is a profile of something else. What was measured until
+            then is in `out`.
+        InputError: there is no such model.
+    """
+    if isinstance(device, str):
+        with connect(device) as connected:
+            return profile(
+                connected, model, out=out, preset=preset, threads=threads, cpus=cpus, prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens, set_clocks=set_clocks, points=points, on_progress=on_progress,
+            )  # fmt: skip
+    chosen = preset_named(preset)
+    if out is not None:
+        if Path(out).is_dir():
+            raise DeviceError(f"output {str(out)!r} is a folder; give a file.")
+        check_writable(Path(out).absolute().parent)
+    if not isinstance(model, Subject):
+        model = Subject.of(model, text_tokens=prompt_tokens, new_tokens=new_tokens)
+    points = choose_points(model) if points is None else points
+    on_progress(0, len(points), f"reach {device.address}")
+    with device.agent() as installed, TemporaryDirectory(prefix="comp-edge.") as folder:
+        agent = Stopwatch(installed)
+        anchor = write_anchor(Path(folder), threads=threads, cpus=cpus)
+        answer = run_job(agent, anchor)
+        settings = Settings(
+            preset=preset, agent=answer.agent, runtime=answer.runtime, threads=threads, cpus=cpus, clocks_set=set_clocks
+        )
+        session = _Session(_begin(out, device.info(), model.record, settings), out, device, agent, anchor, chosen)
+        with fixed_clocks(device.transport, device.kind) if set_clocks else nullcontext():
+            session.run(model, points, Path(folder), on_progress)
+    return session.profile
+
+
+def _begin(out: str | Path | None, device: DeviceRecord, model: ModelRecord, settings: Settings) -> Profile:
+    """The profile to go on with.
+
+    Raises:
+        DeviceError: the file that is there is of something else.
+    """
+    fresh = Profile(
+        schema=1, created=datetime.now(UTC).isoformat(timespec="seconds"), device=device, model=model, settings=settings
+    )
+    if out is None or not Path(out).exists():
+        return fresh
+    found = Profile.load(out)
+    for what in ("device", "model", "settings"):
+        have, wanted = getattr(found, what), getattr(fresh, what)
+        for name, value in wanted:
+            if getattr(have, name) != value:
+                raise DeviceError(
+                    f"{str(out)!r} is a profile with {what} {name} {_short(getattr(have, name))}, this run has "
+                    f"{_short(value)}; give the same, or another output."
+                )
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:76] + " ..."
+
+
+def doubts(measured: Profile) -> list[str]:
+    """What makes a profile doubtful, by the device's conditions at its beginning and at its end; a sentence each."""
+    if len(measured.conditions) < 2:
+        return []
+    return changed(measured.conditions[0], measured.conditions[-1])
+
+
+class _Session:
+    """One run of `profile` on a device."""
+
+    def __init__(
+        self,
+        begun: Profile,
+        out: str | Path | None,
+        device: Device,
+        agent: Stopwatch,
+        anchor: Job,
+        preset: Preset,
+    ) -> None:
+        self.profile, self.out, self.device = begun, out, device
+        self.agent, self.anchor, self.preset = agent, anchor, preset
+        self.drift = Drift()
+        self.before = begun.seconds  # of earlier runs
+
+    def run(self, model: Subject, points: list[PointSpec], folder: Path, on_progress: Progress) -> None:
+        done = {point.id for point in self.profile.points}
+        missing = [point for point in points if point.id not in done]
+        self._note("begin")
+        for number, spec in enumerate(missing, len(points) - len(missing)):
+            on_progress(number, len(points), f"lower {spec.id}")
+            program = write_program(
+                model,
+                spec.plan,
+                folder / spec.id,
+                layers=spec.layers if spec.kind == "block" else None,
+                methods=spec.methods,
+            )
+
+            def tell(method: str, number: int = number, spec: PointSpec = spec) -> None:
+                on_progress(number, len(points), f"measure {spec.id} {method}")
+
+            found = measure_program(
+                self.agent, program, anchor=self.anchor, preset=self.preset, drift=self.drift, progress=tell
+            )
+            self.profile = self.profile.model_copy(
+                update={
+                    "points": (
+                        *self.profile.points,
+                        Point(id=spec.id, kind=spec.kind, layers=spec.layers, plan=spec.plan.to_json(), methods=found),
+                    )
+                }
+            )
+            self._note(f"after {spec.id}")
+        self.profile = self.profile.model_copy(update={"complete": True})
+        self._save()
+        on_progress(len(points), len(points), "done")
+
+    def _note(self, when: str) -> None:
+        """Book the device's time and conditions, and save."""
+        entry = {"time": time.time(), "when": when, **self.device.conditions()}
+        self.profile = self.profile.model_copy(
+            update={
+                "conditions": (*self.profile.conditions, entry),
+                "seconds": self.before + self.agent.seconds,
+            }
+        )
+        self._save()
+
+    def _save(self) -> None:
+        if self.out is not None:
+            self.profile.save(self.out)
+
+
+def measure_program(
+    agent: Agent,
+    program: Program,
+    *,
+    anchor: Job,
+    preset: Preset,
+    drift: Drift,
+    progress: Callable[[str], None] = lambda method: None,
+) -> dict[str, Any]:
+    """Time all methods of a program in turns; it is removed from the device, and its files from this machine."""
+    jobs = {
+        method: replace(anchor, program=program.path, method=method, inputs=inputs)
+        for method, inputs in program.inputs.items()
+    }
+    try:
+        return measure(agent, jobs, anchor=anchor, preset=preset, drift=drift, progress=progress)
+    finally:
+        agent.forget(program.path)
+        program.path.unlink()

@@ -1,0 +1,84 @@
+"""Rounds, anchors, and what becomes of disturbed rounds."""
+
+from pathlib import Path
+
+import pytest
+
+from devices.agent.protocol import Job
+from devices.errors import DeviceError
+from devices.measuring import PRESETS, Drift, Preset, Stopwatch, measure, preset_named
+from tests.devices.simulated import ANCHOR, SimulatedAgent
+
+THREE = Preset("three", rounds=3, iterations=4, min_seconds=0.0)
+ANCHOR_JOB = Job(Path(ANCHOR), iterations=5)
+JOBS = {"fast": Job(Path("a.pte"), "fast"), "slow": Job(Path("a.pte"), "slow")}
+
+
+def take(agent, preset=THREE, drift=None):
+    return measure(agent, JOBS, anchor=ANCHOR_JOB, preset=preset, drift=drift or Drift())
+
+
+def test_jobs_take_turns_between_anchors():
+    agent = SimulatedAgent(lambda job, number: {"fast": 1.0, "slow": 7.0}[job.method])
+    found = take(agent)
+    turn = [ANCHOR, "a.pte", "a.pte"]
+    assert [job.program.name for job in agent.jobs] == turn * 3 + [ANCHOR]
+    assert [job.method for job in agent.jobs if job.program.name != ANCHOR] == ["fast", "slow"] * 3
+    assert found["fast"].steady == 1.0 and found["slow"].steady == 7.0
+    assert found["slow"].rejected == 0 and found["slow"].settled and len(found["slow"].rounds) == 3
+    assert found["slow"].peak_rss_kb > 1000 and found["slow"].first_ms == 14.0
+
+
+def test_a_disturbed_round_is_repeated():
+    # The second and the third anchor see a device that something else keeps busy; a third of all calls take twice as long.
+    busy = (2, 3)
+    agent = SimulatedAgent(
+        lambda job, number: 2.0 if number // 2 in (1, 2, 3) else 1.0,
+        anchor=lambda number: 12.0 if number in busy else 10.0,
+    )
+    found = take(agent)
+    assert found["fast"].steady == 1.0, "only quiet rounds count"
+    assert found["fast"].rejected == 3 and found["fast"].settled
+    assert all(anchor == 10.0 for anchor in found["fast"].anchor_ms)
+
+
+def test_a_device_that_never_settles_is_measured_all_the_same_and_says_so():
+    agent = SimulatedAgent(lambda job, number: 1.0, anchor=lambda number: 10.0 + 3.0 * (number % 2))
+    found = take(agent)
+    assert not found["fast"].settled and len(found["fast"].rounds) == 3 and found["fast"].rejected == 4
+
+
+def test_the_anchors_usual_time_outlives_a_measurement():
+    drift = Drift()
+    take(SimulatedAgent(lambda job, number: 1.0), drift=drift)
+    later = take(SimulatedAgent(lambda job, number: 2.0, anchor=lambda number: 14.0), drift=drift)
+    assert not later["fast"].settled, "throttled since: seen by the anchor of before"
+
+
+def test_a_report_goes_on_until_there_are_samples_enough_or_time_enough():
+    short = take(SimulatedAgent(lambda job, number: 0.5), PRESETS["report"])
+    assert all(len(found.samples) >= 1024 for found in short.values())
+    long = take(SimulatedAgent(lambda job, number: 400.0), PRESETS["report"])
+    assert all(sum(found.samples) >= 60_000 or len(found.samples) >= 1024 for found in long.values())
+
+
+def test_a_failing_job_stops_the_measurement():
+    def fails(job):
+        if job.method == "slow":
+            raise DeviceError("no such operator on the device")
+
+    with pytest.raises(DeviceError, match="no such operator"):
+        take(SimulatedAgent(lambda job, number: 1.0, fails=fails))
+
+
+def test_the_stopwatch_counts_what_the_agent_does_and_nothing_else():
+    times = iter([0.0, 1.5, 10.0, 10.25])
+    watch = Stopwatch(SimulatedAgent(lambda job, number: 1.0), clock=lambda: next(times))
+    for _ in range(2):
+        watch.run(ANCHOR_JOB, timeout=1.0)
+    assert watch.seconds == 1.75
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(DeviceError, match="'fast'.*quick, report"):
+        preset_named("fast")

@@ -1,0 +1,70 @@
+"""Which programs are measured."""
+
+import pytest
+
+from comp_edge.cost import MacsCost
+from comp_edge.units import check_plan
+from devices.depth import with_layers
+from devices.errors import DeviceError
+from devices.points import WHOLE_KEEP, choose_points, held_out_plans
+from devices.programs import Subject
+
+NAMES = ("llava-digits", "blip-digits", "clip-digits", "random:smolvlm-256m", "random:clip-vit-b-16")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def subject(request):
+    return Subject.of(request.param)
+
+
+def test_points_are_plans_of_their_models(subject):
+    points = choose_points(subject)
+    for point in points:
+        model = subject.shallow(point.layers if point.kind == "block" else None)
+        check_plan(model, point.plan)
+        assert point.layers == {name: len(stream.layers) for name, stream in point.plan.streams.items()}
+        assert (point.kind == "whole") == (point.methods == ())
+    assert len({point.id for point in points}) == len(points)
+    assert points == choose_points(subject), "a profile can be taken up again"
+
+
+def test_whole_models_have_the_shares_that_they_are_named_by(subject):
+    cost = MacsCost(subject.shallow(None))
+    whole = [point for point in choose_points(subject) if point.kind == "whole"]
+    dense = cost.predict(whole[0].plan)
+    assert whole[0].plan == subject.dense(subject.shallow(None))
+    for point, keep in zip(whole, WHOLE_KEEP, strict=True):
+        assert cost.predict(point.plan) / dense == pytest.approx(keep, abs=0.02)
+
+
+def test_blocks_differ_in_every_size(subject):
+    for name in ("vision", "language"):
+        blocks = [point.plan.streams[name] for point in choose_points(subject) if point.id.startswith(name)]
+        assert len({len(layer.heads) for stream in blocks for layer in stream.layers}) >= 3
+        assert len({len(stream.layers[1].ffn) for stream in blocks}) >= 3
+        assert len({stream.schedule[-1] for stream in blocks}) >= 3
+
+
+def test_held_out_plans_are_others_of_all_sizes(subject):
+    plans = held_out_plans(subject, 8, seed=5)
+    model = subject.shallow(None)
+    cost = MacsCost(model)
+    dense = cost.predict(subject.dense(model))
+    shares = sorted(cost.predict(plan) / dense for plan in plans)
+    assert shares[0] < 0.35 and shares[-1] > 0.7
+    measured = [point.plan for point in choose_points(subject)]
+    for plan in plans:
+        check_plan(model, plan)
+        assert plan not in measured
+    assert plans == held_out_plans(subject, 8, seed=5) != held_out_plans(subject, 8, seed=6)
+
+
+def test_fewer_layers(subject):
+    config = with_layers(subject.config, {"vision": 1, "language": 2})
+    assert subject.config.to_dict() != config.to_dict()
+    model = subject.shallow({"vision": 1, "language": 2})
+    assert {name: len(stream.layers) for name, stream in subject.dense(model).streams.items()}["vision"] == 1
+    with pytest.raises(DeviceError, match="99 layers in stream 'vision'"):
+        with_layers(subject.config, {"vision": 99})
+    with pytest.raises(DeviceError, match="'audio'"):
+        with_layers(subject.config, {"audio": 1})
