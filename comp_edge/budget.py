@@ -49,11 +49,19 @@ class Budget:
         return self.cost or MacsCost(model, decode_tokens=self.decode_tokens)
 
     def target(self, dense: float) -> float:
-        """The cost to reach, when the dense model costs `dense`."""
+        """The cost to reach, when the dense model costs `dense`.
+
+        Raises:
+            InputError: the dense model costs no more than that.
+        """
         if self.macs is not None:
             return dense * self.macs
         if self.speedup is not None:
             return dense / self.speedup
+        if self.latency_ms >= dense:
+            raise InputError(
+                f"latency_ms {self.latency_ms:g} asks for nothing: the model as it is takes {dense:.2f} ms by prediction."
+            )
         return float(self.latency_ms)
 
     def to_json(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from comp_edge.budget import Budget
 from comp_edge.calibrate import Draws
 from comp_edge.card import write_card
 from comp_edge.checkpoint import write_model
+from comp_edge.correction import Correction, Described
 from comp_edge.cost import MacsCost
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
@@ -101,7 +102,7 @@ class Session:
         self.state = State.of(model, request=self.family.request(model, task.example_inputs()), base=base)
         self.cost = budget.cost_model(model)
         self.dense_cost = self.cost.predict(self.state.plan())
-        self.target = budget.target(self.dense_cost) / self.dense_cost
+        self.correction = Correction(budget.target(self.dense_cost))
         limits = Limits(round_to=config.round_to, share=config.stage_share)
         self.proposer = Proposer(self.family, model, self.streams, cost=self.cost, dense=self.dense_cost, limits=limits)
         check_reachable(self.proposer, self.state, self.modes, possible, target=self.target)
@@ -156,6 +157,11 @@ class Session:
         self.dense_test_score: float | None = None
         self.trace: list[dict[str, Any]] = []
         self.seconds = {"training": 0.0, "selection": 0.0, "scoring": 0.0}
+
+    @property
+    def target(self) -> float:
+        """The predicted cost to come down to, as a fraction of the dense cost."""
+        return self.correction.aim / self.dense_cost
 
     # ---- set-up
 
@@ -215,10 +221,24 @@ class Session:
             raise
 
     def advance(self) -> None:
-        """Run stages until the state meets the target."""
+        """Run stages until the state meets the target, also when it is measured."""
         cost = self.proposer.price(self.state)
-        while cost > self.target and self.tuned == 0:
-            cost = self._run_stage(cost)
+        while self.tuned == 0:
+            while cost > self.target:
+                cost = self._run_stage(cost)
+            if not self._too_slow():
+                return
+
+    def _too_slow(self) -> bool:
+        """Measure the plan, where that is possible; whether further stages have to follow."""
+        found = self.processes.once(lambda: self.correction.look(self.cost, self.final_plan(), stage=self.stage))
+        if found is None:
+            return False
+        again = self.correction.book(found)
+        self._checkpoint()
+        measured, predicted = f"{found['measured']:.2f}", f"{found['predicted']:.2f}"
+        self._tell("prune", f"measured {measured} (predicted {predicted}, budget {self.correction.target:.2f})")
+        return again
 
     def _run_stage(self, cost: float) -> float:
         started = time.perf_counter()
@@ -396,6 +416,7 @@ class Session:
             "pruned": {"val_score": self._score(), "macs": pruned["total"], "macs_by_part": pruned},
             "macs_kept": pruned["total"] / dense["total"],
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "measured": self.correction.found,
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "peak_memory_bytes": max([peak_bytes(), *(stage["peak_memory_bytes"] for stage in self.trace)]),
         }
@@ -404,6 +425,8 @@ class Session:
             if self.distillation is not None:
                 self.dense_test_score = self._test(self.distillation.dense)
             metrics["dense"]["test_score"] = self.dense_test_score
+        if isinstance(self.cost, Described):
+            metrics["device"] = self.cost.describe(self.state.template, plan)
         if self.out is not None:
             self.processes.once(lambda: self._write(plan, metrics, processor))
         return PruneResult(model=self.model, plan=plan, metrics=metrics, trace=self.trace, folder=self.out)
@@ -439,6 +462,7 @@ class Session:
             "dense_test_score": self.dense_test_score,
             "state": self.state.to_json(),
             "selector": self.selector.to_json(),
+            "measured": self.correction.found,
             "trace": self.trace,
             "seconds": self.seconds,
         }
@@ -463,6 +487,7 @@ class Session:
         self.score, self.dense_score = progress["score"], progress["dense_score"]
         self.dense_test_score = progress["dense_test_score"]
         self.trace, self.seconds = progress["trace"], progress["seconds"]
+        self.correction.found = progress["measured"]
         self.state.restore(progress["state"])
         self.selector.restore(progress["selector"])
         self.processes.wait()  # the main process will write a new one

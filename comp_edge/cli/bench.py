@@ -5,7 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from comp_edge.cli import bench_memory, bench_method, bench_ranking, bench_thresholds, common
+from comp_edge.cli import (
+    bench_budget,
+    bench_latency,
+    bench_memory,
+    bench_method,
+    bench_ranking,
+    bench_thresholds,
+    common,
+)
 
 EXAMPLES = """\
 examples:
@@ -13,6 +21,8 @@ examples:
   comp-edge bench speed llava-digits --keep 0.5 --rounds 20 --json
   comp-edge bench load random:smolvlm-256m                 a pruned folder against a dense model of its size
   comp-edge bench memory                                   the pruning pass against plain fine-tuning
+  comp-edge bench latency --quick                          predicted milliseconds against measured ones
+  comp-edge bench budget --quick                           are budgets in milliseconds met, and worth it?
   comp-edge bench method --quick                           the pruning strategies against each other
   comp-edge bench ranking --quick                          does an importance foresee what a removal costs?
   comp-edge bench thresholds --quick                       static token counts against per-image thresholds
@@ -45,7 +55,7 @@ def add(subparsers: Any) -> None:
         kind.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     speed.set_defaults(run=lambda arguments: _run(arguments, _speed, DEFAULT_MODELS))
     load.set_defaults(run=lambda arguments: _run(arguments, _load, LOAD_MODELS))
-    for kind in (bench_memory, bench_method, bench_ranking, bench_thresholds):
+    for kind in (bench_budget, bench_latency, bench_memory, bench_method, bench_ranking, bench_thresholds):
         kind.add(kinds)
 
 

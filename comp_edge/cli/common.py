@@ -51,6 +51,11 @@ def positive(text: str) -> float:
     return _number(text, lambda v: v > 0, "a number above 0")
 
 
+def above_one(text: str) -> float:
+    """An argparse type: a number above 1."""
+    return _number(text, lambda v: 1 < v < float("inf"), "a number above 1")
+
+
 def count(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     return int(_number(text, lambda v: v >= 1 and v == int(v), "an integer of at least 1"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from comp_edge.cli import common
 
+KEEP = 0.3  # of the MACs, where no budget is given
 EXAMPLES = """\
 examples:
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 -o pruned
@@ -16,6 +17,8 @@ examples:
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 --strategy comp:cip=no,explore=0 -o ablated
   comp-edge prune --model llava-digits --task digit_vqa --keep 0.3 -o pruned --resume    after an interruption
   comp-edge prune --model HuggingFaceTB/SmolVLM-256M-Instruct --task tasks/my_task.py:MyTask --keep 0.5 -o pruned
+  comp-edge prune --model llava-digits --task digit_vqa --device pixel.json --latency-ms 12 --decode-tokens 4 -o fast
+                                                      to milliseconds on the device that the profile was measured on
   comp-edge prune --model pruned --task digit_vqa --keep 0.8 -o pruned-more       80 % of what is left
   comp-edge prune --model my-vlm --task tasks/my_task.py:MyTask --train-steps 0 --strategy comp --dtype bfloat16 -o out
                                                       without training: importance from calibration batches only
@@ -42,8 +45,26 @@ def add(subparsers: Any) -> None:
         "--dtype", choices=common.DTYPES, default="float32", help="of the weights while pruning (default: float32)"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write the pruned model to")
-    parser.add_argument("--keep", type=common.fraction, default=0.3, help="fraction of the MACs to keep (default: 0.3)")
-    parser.add_argument("--decode-tokens", type=common.natural, default=0, help="generated tokens to count in")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--keep", type=common.fraction, help=f"fraction of the MACs to keep (default: {KEEP})")
+    budget.add_argument(
+        "--latency-ms",
+        type=common.positive,
+        metavar="MS",
+        help="milliseconds of a request on the device; needs --device",
+    )
+    budget.add_argument(
+        "--speedup", type=common.above_one, metavar="X", help="times faster: on the device, or in MACs without --device"
+    )
+    parser.add_argument(
+        "--device", metavar="PROFILE", help="what python -m devices profile measured: milliseconds on that device steer"
+    )
+    parser.add_argument(
+        "--no-measure", action="store_true", help="trust predictions, also where the profile's device is attached"
+    )
+    parser.add_argument(
+        "--decode-tokens", type=common.natural, default=0, help="generated tokens to count in, after the first"
+    )
     parser.add_argument(
         "--strategy",
         default="probe",
@@ -95,7 +116,6 @@ def run(arguments: Any) -> int:
 
 
 def _prune(arguments: Any, *, main: bool) -> None:
-    from comp_edge.budget import Budget
     from comp_edge.checkpoint import load_any, load_processor, resolve
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable
@@ -128,6 +148,10 @@ def _prune(arguments: Any, *, main: bool) -> None:
     if arguments.train_steps is not None:
         config = config.sharing(arguments.train_steps)
     method = parse_method(arguments.strategy, base=config)
+    if arguments.device is None and arguments.latency_ms is not None:
+        raise InputError(f"--latency-ms {arguments.latency_ms:g} needs --device with a profile of the device.")
+    if arguments.device is not None and arguments.latency_ms is None and arguments.speedup is None:
+        raise InputError(f"--device {arguments.device!r} needs --latency-ms or --speedup.")
     resolve(arguments.model)
     task_class(arguments.task)
     check_writable(arguments.out)
@@ -146,7 +170,7 @@ def _prune(arguments: Any, *, main: bool) -> None:
         result = prune(
             model,
             task,
-            budget=Budget(macs=arguments.keep, decode_tokens=arguments.decode_tokens),
+            budget=_budget(arguments, model),
             strategy=method.strategy,
             out=arguments.out,
             seed=arguments.seed,
@@ -172,9 +196,33 @@ def _prune(arguments: Any, *, main: bool) -> None:
     split = "val" if arguments.no_eval else "test"
     print(
         f"{arguments.out}: {metrics['macs_kept']:.1%} of the MACs, {split} score {pruned[f'{split}_score']:.4f} "
-        f"(before {dense[f'{split}_score']:.4f}), {sum(metrics['seconds'].values()):.0f} s, at most "
+        f"(before {dense[f'{split}_score']:.4f}), {_latency(metrics)}{sum(metrics['seconds'].values()):.0f} s, at most "
         f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB; look at {arguments.out / 'report.html'}"
     )
+
+
+def _latency(metrics: dict[str, Any]) -> str:
+    """What the device says of the plan, where one was asked."""
+    if "device" not in metrics:
+        return ""
+    predicted = metrics["device"]["predicted_ms"]
+    if not metrics["measured"]:
+        return f"{predicted['pruned']:.2f} ms predicted (before {predicted['dense']:.2f}), not measured, "
+    last = metrics["measured"][-1]
+    return f"{last['measured']:.2f} ms measured ({last['predicted']:.2f} predicted, before {predicted['dense']:.2f}), "
+
+
+def _budget(arguments: Any, model: Any) -> Any:
+    from comp_edge.budget import Budget
+    from comp_edge.plugins import plugin
+
+    given = {name: getattr(arguments, name) for name in ("latency_ms", "speedup")}
+    if arguments.device is not None:
+        attached = not arguments.no_measure
+        options = {"model": model, "decode_tokens": arguments.decode_tokens, "attached": attached}
+        return Budget(cost=plugin("comp_edge.costs", "device")(arguments.device, **options), **given)
+    keep = arguments.keep or (KEEP if arguments.speedup is None else None)
+    return Budget(macs=keep, speedup=arguments.speedup, decode_tokens=arguments.decode_tokens)
 
 
 def _print_stages(trace: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from comp_edge.errors import InputError
 from comp_edge.families import family_of
 from comp_edge.files import read_json
 from comp_edge.plan import PLAN_FILE, Plan
+from comp_edge.report.latency import Measured, OnDevice
 from comp_edge.session import METRICS_FILE, TRACE_FILE
 from comp_edge.structure import empty_model
 from comp_edge.units import dense_plan, request_of
@@ -48,6 +49,7 @@ class Stage(BaseModel):
     loss: float | None  # None where nothing was trained
     cost_fraction: Share
     macs: Share
+    predicted_ms: Share | None = None  # None where the cost is not in milliseconds
     saved: float
     seconds: Share
 
@@ -69,7 +71,12 @@ class Side(BaseModel):
 
 
 class Metrics(BaseModel):
-    """`metrics.json`."""
+    """`metrics.json`.
+
+    Attributes:
+        measured: plans that met the budget by prediction, where the cost could be measured.
+        device: what the cost tells about itself, where it does.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     strategy: str
@@ -77,6 +84,8 @@ class Metrics(BaseModel):
     steps: Annotated[int, Field(ge=0)]
     dense: Side
     pruned: Side
+    measured: tuple[Measured, ...] = ()
+    device: OnDevice | None = None
     seconds: dict[str, Share] = Field(default_factory=dict)
 
 

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-import comp_edge
 from comp_edge.checkpoint import load_processor
 from comp_edge.files import write_text
 from comp_edge.plan import Plan
-from comp_edge.report import pictures, theme, tokens, verification, words
+from comp_edge.report import latency, pictures, templates, theme, tokens, verification, words
 from comp_edge.report.facts import Facts, Stage, read_facts
 from comp_edge.tasks import load_task
 from comp_edge.tasks.vqa import VQATask
@@ -61,7 +59,7 @@ def write_report(
     given = {} if verification is None else verification
     context = headline(facts, given, task=task) | {"checks": _checks(given)}
     context["examples"] = None if task is None else _examples(facts, task)
-    context |= _charts(facts) | _stages(facts) | {"parts": _parts(facts)}
+    context |= _charts(facts) | _stages(facts) | {"parts": _parts(facts), "device": _device(facts)}
     path = Path(out) if out is not None else facts.folder / REPORT_FILE
     write_text(path, render(context))
     return path
@@ -69,12 +67,7 @@ def write_report(
 
 def render(context: Mapping[str, Any]) -> str:
     """The page for a complete context."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    common = {"palette": theme.PALETTE, "role": theme.role, "version": comp_edge.__version__, "why": WHY}
-    return environment.get_template("report.html.j2").render(common | dict(context))
+    return templates.render("report.html.j2", {"why": WHY} | dict(context))
 
 
 # ---- headline
@@ -94,7 +87,7 @@ class Row:
 def headline(facts: Facts, given: Mapping[str, Any], *, task: str | None) -> dict[str, Any]:
     """Dense against pruned, in numbers."""
     dense, pruned = facts.metrics.dense, facts.metrics.pruned
-    latency = verification.latency(given)
+    verified = verification.latency(given)
     rows = []
     for name, a, b in (
         ("Score, test split", dense.test_score, pruned.test_score),
@@ -108,19 +101,24 @@ def headline(facts: Facts, given: Mapping[str, Any], *, task: str | None) -> dic
     rows.append(_saved("Multiply-accumulates", dense.macs, pruned.macs, words.amount))
     rows.append(_saved("Parameters", *facts.parameters, words.amount))
     rows.append(_saved("Weights on disk", *facts.weights_bytes, lambda v: words.amount(v, "B"), word="smaller"))
-    if latency is not None:
+    if facts.metrics.device is not None:
+        ms = facts.metrics.device.predicted_ms
+        rows.append(_saved("Latency of a request", ms.dense, ms.pruned, words.milliseconds, word="faster"))
+    if verified is not None:
         rows.append(
-            _saved("Latency to the first token", latency.dense, latency.pruned, lambda v: f"{v:.2f} ms", word="faster")
+            _saved(
+                "Latency to the first token", verified.dense, verified.pruned, lambda v: f"{v:.2f} ms", word="faster"
+            )
         )
     return {
         "title": facts.title,
         "kept": words.percent(pruned.macs / dense.macs),
         "rows": rows,
-        "latency": latency,
+        "latency": verified,
         "command": command(facts.plan, task),
         "strategy": facts.plan.strategy,
         "seed": facts.plan.seed,
-        "budget": budget_text(facts.plan),
+        "budget": budget_text(facts.plan, None if facts.metrics.device is None else facts.metrics.device.device.name),
         "stage_count": len(facts.trace),
         "steps": facts.metrics.steps,
         "minutes": sum(facts.metrics.seconds.values()) / 60,
@@ -131,9 +129,13 @@ def _saved(name: str, dense: float, pruned: float, write: Callable[[float], str]
     return Row(name, write(dense), write(pruned), words.fewer(dense, pruned, word), min(pruned / dense, 1.0))
 
 
-def budget_text(plan: Plan) -> str:
-    """The budget in words."""
+def budget_text(plan: Plan, device: str | None = None) -> str:
+    """The budget in words; `device` is what milliseconds are of."""
     budget, parts = plan.budget, []
+    if device is not None and "speedup" in budget:
+        return f"{budget['speedup']}{words.TIMES} faster on {device}"
+    if device is not None and "latency_ms" in budget:
+        return f"{budget['latency_ms']} ms on {device}"
     if "macs" in budget:
         parts.append(f"keep {budget['macs']} of the MACs")
     if "latency_ms" in budget:
@@ -203,14 +205,23 @@ def _stages(facts: Facts) -> dict[str, Any]:
                 "why": stage.why, "also": ", ".join(stage.also), "dots": dots, "saved": words.percent(stage.saved),
                 "cost": words.percent(stage.cost_fraction), "score": words.score(stage.score),
                 "loss": "" if stage.loss is None else f"{stage.loss:.3f}", "seconds": f"{stage.seconds:.1f} s",
+                "predicted": "" if stage.predicted_ms is None else words.milliseconds(stage.predicted_ms),
             }
         )  # fmt: skip
     return {
         "stages": rows, "priced": any(stage.costs for stage in facts.trace), "ways": _ways(facts.trace),
         "modes": facts.modes, "zero": place(0.0, scale), "reasons": {s.why for s in facts.trace},
         "shares": {mode: _share(facts.trace, mode) for mode in facts.modes},
-        "cost_name": "MACs" if facts.plan.cost is None or facts.plan.cost.name == "macs" else facts.plan.cost.name,
+        "timed": any(stage.predicted_ms is not None for stage in facts.trace), "cost_name": _cost_name(facts),
     }  # fmt: skip
+
+
+def _cost_name(facts: Facts) -> str:
+    """What to call the share that is left of the cost; a device's name would be too long for a column."""
+    cost = facts.plan.cost
+    if cost is None or cost.name == "macs":
+        return "MACs"
+    return "latency" if any(stage.predicted_ms is not None for stage in facts.trace) else cost.name
 
 
 def _ways(trace: tuple[Stage, ...]) -> list[dict[str, Any]]:
@@ -256,7 +267,7 @@ def place(value: float, scale: Scale) -> float:
     return round((math.asinh(value / scale.unit) - scale.low) / (scale.high - scale.low), 4)
 
 
-# ---- parts, examples, verification
+# ---- parts, the device, examples, verification
 
 
 def _parts(facts: Facts) -> dict[str, Any]:
@@ -278,6 +289,13 @@ def _parts(facts: Facts) -> dict[str, Any]:
         "decode": None if None in decode else [words.amount(v) for v in decode],
         "biggest": max(rows, key=lambda row: row["dense_share"])["name"] if rows else None,
     }
+
+
+def _device(facts: Facts) -> dict[str, Any] | None:
+    told = facts.metrics.device
+    if told is None:
+        return None
+    return latency.section(told, facts.metrics.measured, target=latency.target_of(facts.plan, told.predicted_ms.dense))
 
 
 def _examples(facts: Facts, spec: str) -> dict[str, Any] | None:

@@ -63,7 +63,9 @@ def draw_macs(axes: Axes, facts: Facts) -> None:
             stages, [1.0, *(s.cost_fraction for s in facts.trace)], where="post", color=color("ink"),
             linewidth=1, linestyle=":",
         )  # fmt: skip
-        _note(axes, f"dotted: {cost.name}", (0, 0), offset=(4, 5), align="left", ink="ink")
+        last = facts.trace[-1].predicted_ms
+        reached = "" if last is None else f", {words.milliseconds(last)} at the end"
+        _note(axes, f"dotted: {cost.name}{reached}", (0, 0), offset=(4, 5), align="left", ink="ink")
     _note(axes, words.percent(shares[-1]), (stages[-1], shares[-1]), offset=(0, 8), align="center", ink="ink")
     axes.set_ylim(0, 1.08)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

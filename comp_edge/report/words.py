@@ -22,6 +22,18 @@ def amount(value: float, unit: str = "") -> str:
     return f"{value:.0f} {unit}".strip()
 
 
+def milliseconds(value: float, give_or_take: float | None = None) -> str:
+    """Three digits, and no more than a clock can tell: 0.042 ms, 5.13 \u00b1 0.21 ms, 48.2 ms, 1234 ms."""
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    off = "" if give_or_take is None else f" \u00b1 {give_or_take:.{digits}f}"
+    return f"{value:.{digits}f}{off} ms"
+
+
+def ending(text: str, most: int) -> str:
+    """The end of a text that is too long, which tells more of a path than its beginning."""
+    return text if len(text) <= most else f"\u2026{text[1 - most :]}"
+
+
 def percent(share: float, digits: int = 1) -> str:
     """A share of one as percent."""
     return signed(f"{100 * share:.{digits}f}") + " %"

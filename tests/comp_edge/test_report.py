@@ -220,6 +220,7 @@ def test_hostile_questions_and_answers_are_text() -> None:
     context = {
         "title": HOSTILE, "kept": "", "rows": [], "latency": None, "command": HOSTILE, "strategy": HOSTILE, "seed": 0,
         "budget": HOSTILE, "stage_count": 0, "steps": 0, "minutes": 0.0, "checks": None, "score_chart": "", "macs_chart": "",
+        "device": None, "timed": False,
         "examples": {"cards": [card], "right": 0}, "layer_charts": [], "dropped": {}, "starts": {}, "stages": [], "modes": (),
         "zero": 0.5, "priced": False, "ways": [{"tokens": HOSTILE, "loss": HOSTILE, "taken": True}],
         "reasons": set(), "shares": {}, "cost_name": HOSTILE,

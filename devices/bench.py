@@ -1,0 +1,237 @@
+"""`comp-edge bench latency`: how well a profile predicts whole pruned models that it has never seen.
+
+A profile is measured as anybody would, a model is fitted, and then plans that it does not know are lowered, timed and compared.
+Every program that was timed is on disk: a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from comp_edge.cost import MacsCost
+from comp_edge.errors import InputError
+from comp_edge.files import read_json, write_bytes, write_json
+from comp_edge.plan import Plan
+from devices.anchor import write_anchor
+from devices.device import Device, connect
+from devices.errors import DeviceError
+from devices.latency import LatencyModel, accuracy
+from devices.measuring import PRESETS, Drift
+from devices.pictures import latency_png
+from devices.points import held_out_plans
+from devices.profiles import Measurement, Profile
+from devices.profiling import measure_program, profile
+from devices.programs import Subject, write_program
+
+RESULTS_FILE, PICTURE_FILE, PROFILE_FILE, PLANS = "results.json", "latency.png", "profile.json", "plans"
+MODELS = ("random:clip-vit-b-16", "random:smolvlm-256m")
+QUICK_MODELS = ("clip-digits",)
+HELD_OUT, QUICK_HELD_OUT = 24, 8  # plans of each model
+SEED = 20261
+DECODE_TOKENS = 16  # of models that generate
+TWICE = 2.0  # how much better than in proportion to MACs predictions must be
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A plan that no profile has seen: milliseconds of a request, measured, predicted, and in proportion to MACs."""
+
+    plan: Plan
+    macs: float
+    measured: float
+    predicted: float
+    proportional: float
+    uncertainty: float
+
+
+def run(
+    models: Sequence[str],
+    *,
+    out: Path,
+    device: str = "host",
+    plans: int | None = None,
+    threads: int = 1,
+    quick: bool = False,
+    on_progress: Progress = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Measure what is missing, compare, write `results.json` and `latency.png`; returns what the file holds.
+
+    Args:
+        models: dense ones; by default CLIP ViT-B/16 and the SmolVLM-256M shape (`quick`: clip-digits).
+        plans: that are predicted, for each model.
+
+    Raises:
+        InputError: a model or the device cannot be used.
+    """
+    names = list(models) or list(QUICK_MODELS if quick else MODELS)
+    count = plans or (QUICK_HELD_OUT if quick else HELD_OUT)
+    results = {}
+    try:
+        with connect(device) as connected:
+            for index, name in enumerate(names):
+
+                def tell(done: int, total: int, text: str, index: int = index, name: str = name) -> None:
+                    on_progress(index * total + done, len(names) * total, f"{name}: {text}")
+
+                folder = out / name.replace(":", "-").replace("/", "-")
+                results[name] = _one(name, folder, connected, count=count, threads=threads, on_progress=tell)
+    except DeviceError as error:
+        raise InputError(str(error)) from None
+    summary = summarize(results)
+    write_json(out / RESULTS_FILE, summary)
+    write_bytes(out / PICTURE_FILE, latency_png(summary))
+    return summary
+
+
+def summarize(results: dict[str, tuple[LatencyModel, list[Compared], float]]) -> dict[str, Any]:
+    """Errors over all models' plans (ranks are compared within a model), and of each model.
+
+    `measurements` and `device_seconds` are of the most demanding profile.
+    """
+    models = {name: _judged(*result) for name, result in results.items()}
+    everything = [(row, dense) for _, rows, dense in results.values() for row in rows]
+    ours = _errors([(row.measured, row.predicted, dense) for row, dense in everything])
+    plain = _errors([(row.measured, row.proportional, dense) for row, dense in everything])
+    for pooled, key in ((ours, None), (plain, "macs_proportional")):
+        ranks = [(m if key is None else m[key])["whole_model"]["spearman"] for m in models.values()]
+        known = [rank for rank in ranks if rank is not None]
+        pooled["whole_model"]["spearman"] = min(known) if known else None
+    found = {
+        **ours,
+        "macs_proportional": plain,
+        "measurements": max(m["measurements"] for m in models.values()),
+        "device_seconds": max(m["device_seconds"] for m in models.values()),
+        "models": models,
+    }
+    error, other = ours["whole_model"]["mape"], plain["whole_model"]["mape"]
+    worse = error * TWICE > other
+    found["warnings"] = [f"{error:.1%} is not {TWICE:g} times better than MACs alone, {other:.1%}."] if worse else []
+    return found
+
+
+def _judged(model: LatencyModel, rows: list[Compared], dense: float) -> dict[str, Any]:
+    plain = _errors([(row.measured, row.proportional, dense) for row in rows])
+    return {
+        **_errors([(row.measured, row.predicted, dense) for row in rows]),
+        "macs_proportional": plain,
+        "measurements": model.profile.measurements,
+        "device_seconds": model.profile.seconds,
+        "dense_ms": dense,
+        "fit": model.report(),
+        "plans": [
+            {
+                "macs": row.macs,
+                "measured_ms": row.measured,
+                "predicted_ms": row.predicted,
+                "proportional_ms": row.proportional,
+                "uncertainty_ms": row.uncertainty,
+            }
+            for row in rows
+        ],
+    }
+
+
+def _errors(rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+    """Errors of (measured, predicted, dense) milliseconds; what a plan saves is counted from the measured dense model."""
+    found = accuracy([row[0] for row in rows], [row[1] for row in rows])
+    saved = [abs(measured - predicted) / abs(dense - measured) for measured, predicted, dense in rows]
+    return {
+        "whole_model": {name: found[name] for name in ("n", "mape", "within_10pct", "spearman")},
+        "saved_ms": {"median_error": statistics.median(saved) if saved else None},
+    }
+
+
+def _one(
+    name: str, folder: Path, device: Device, *, count: int, threads: int, on_progress: Progress
+) -> tuple[LatencyModel, list[Compared], float]:
+    """Profile a model, measure plans, predict them; also the milliseconds of the dense model."""
+    subject = Subject.of(name)
+
+    def profiling(done: int, total: int, text: str) -> None:
+        on_progress(done, total + count, f"profile: {text}")
+
+    measured = profile(device, subject, out=folder / PROFILE_FILE, threads=threads, on_progress=profiling)
+    points = len(measured.points)
+    model = LatencyModel.fit(measured)
+    if "decode" in model.fits and model.program.kind == "generative":
+        model = model.with_decode_tokens(DECODE_TOKENS)
+    plans = held_out_plans(subject, count, seed=SEED)
+
+    def comparing(done: int, text: str) -> None:
+        on_progress(points + done, points + count, text)
+
+    timings = _timed(subject, plans, folder / PLANS, device, threads=threads, on_progress=comparing)
+    cost = MacsCost(subject.shallow(None), decode_tokens=model.decode_tokens)
+    dense_plan, dense = _dense(measured, model)
+    rate = dense / cost.predict(dense_plan)
+    rows = [
+        Compared(
+            plan=plan,
+            macs=cost.predict(plan),
+            measured=request_ms(model, plan, timing),
+            predicted=model.predict(plan),
+            proportional=rate * cost.predict(plan),
+            uncertainty=model.uncertainty(plan),
+        )
+        for plan, timing in zip(plans, timings, strict=True)
+    ]
+    return model, rows, dense
+
+
+def request_ms(model: LatencyModel, plan: Plan, timing: dict[str, Measurement]) -> float:
+    """Milliseconds of a request whose methods were measured."""
+    calls = model.program.calls(plan, model.decode_tokens)
+    return sum(count * timing[method].steady for method, count in calls.items() if count and method in timing)
+
+
+def _dense(measured: Profile, model: LatencyModel) -> tuple[Plan, float]:
+    """The dense point's plan, and what a request takes in it."""
+    point = next(point for point in measured.points if point.kind == "whole")
+    plan = point.parsed_plan()
+    return plan, request_ms(model, plan, point.methods)
+
+
+def _timed(
+    subject: Subject,
+    plans: Sequence[Plan],
+    folder: Path,
+    device: Device,
+    *,
+    threads: int,
+    on_progress: Callable[[int, str], None],
+) -> list[dict[str, Measurement]]:
+    """Measurements of plans by method; those that an earlier run took are read.
+
+    Raises:
+        DeviceError: what was measured before is of another plan.
+    """
+    found: list[dict[str, Measurement]] = []
+    missing = [index for index in range(len(plans)) if not _file(folder, index).is_file()]
+    if missing:
+        with device.agent() as agent, TemporaryDirectory(prefix="comp-edge.") as scratch:
+            anchor, drift = write_anchor(Path(scratch), threads=threads, cpus=()), Drift()
+            for done, index in enumerate(missing, len(plans) - len(missing)):
+                on_progress(done, f"lower and measure plan {index + 1} of {len(plans)}")
+                program = write_program(subject, plans[index], Path(scratch) / str(index))
+                timing = measure_program(agent, program, anchor=anchor, preset=PRESETS["quick"], drift=drift)
+                record = {
+                    "plan": plans[index].to_json(),
+                    "methods": {method: one.model_dump(mode="json") for method, one in timing.items()},
+                }
+                write_json(_file(folder, index), record)
+    for index, plan in enumerate(plans):
+        record = read_json(_file(folder, index), what="measurement")
+        if record["plan"] != plan.to_json():
+            raise DeviceError(f"{str(_file(folder, index))!r} is of another plan; give another --out.")
+        found.append({method: Measurement.model_validate(one) for method, one in record["methods"].items()})
+    return found
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"{index:03d}.json"

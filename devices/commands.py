@@ -1,0 +1,324 @@
+"""The commands of `python -m devices`: what they take, and how they tell what they found."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from comp_edge.cli import common
+from devices.errors import DeviceError
+
+EXAMPLES = """\
+examples:
+  python -m devices list
+  python -m devices profile host --model llava-digits -o host.json
+  python -m devices profile ssh://pi@board:2222 --model my-vlm --preset report --cpus 4,5 --threads 2 -o board.json
+  python -m devices fit host.json                                  how good predictions are, and what they rest on
+  python -m devices fit host.json --plan pruned --decode-tokens 8  what a pruned model takes, by method and layer
+  python -m devices run bundle/scheduled/model.pte --device adb://SERIAL --method prefill --json
+  python -m devices import benchmark_results.json                  what somebody else has measured
+"""
+DEVICE_HELP = "host, ssh://[user@]host[:port] or adb://SERIAL"
+
+
+def _parser(subparsers: Any, name: str, about: str, run: Any) -> argparse.ArgumentParser:
+    lines = [line for line in EXAMPLES.splitlines() if f"devices {name}" in line]
+    parser = subparsers.add_parser(
+        name, help=about, description=about[0].upper() + about[1:] + ".", epilog="\n".join(["examples:", *lines])
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _measuring(parser: argparse.ArgumentParser) -> None:
+    from devices.measuring import PRESETS
+
+    parser.add_argument("--preset", default="quick", metavar="PRESET", help=f"{' or '.join(PRESETS)} (default: quick)")
+    parser.add_argument("--threads", type=common.count, default=1, metavar="N", help="of the runtime (default: 1)")
+    parser.add_argument("--cpus", type=_cpus, default=(), metavar="N,N", help="cores to bind to (default: all)")
+    parser.add_argument(
+        "--set-clocks", action="store_true", help="fix the device's clocks while it is measured, and put them back"
+    )
+
+
+def _cpus(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) < 4096 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of cores like 4,5")
+    return tuple(map(int, parts))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _warn(sentences: list[str]) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for sentence in sentences:
+        console.print(f"[yellow]warning[/]: {sentence}", markup=True)
+
+
+class ListCommand:
+    """`list`"""
+
+    @staticmethod
+    def add(subparsers: Any) -> None:
+        _parser(subparsers, "list", "what can be reached", ListCommand.run)
+
+    @staticmethod
+    def run(arguments: Any) -> None:
+        from rich.table import Table
+
+        from devices.device import connect
+        from devices.discovery import attached
+
+        found = attached()
+        host = connect("host").info().model_dump(mode="json")
+        if arguments.json:
+            common.print_json({"devices": [one.to_json() for one in found], "host": host})
+            return
+        table = Table("device", "what", "state", "hint")
+        for one in found:
+            table.add_row(one.address, one.what, one.state, one.hint or "")
+        console = _console()
+        console.print(table)
+        console.print(f"host: {host['cpu']}, {host['cores']} cores, {host['memory_mb']} MB, {host['system']}")
+
+
+class Run:
+    """`run`"""
+
+    @staticmethod
+    def add(subparsers: Any) -> None:
+        parser = _parser(subparsers, "run", "time the methods of ExecuTorch programs, in turns", Run.run)
+        parser.add_argument("programs", nargs="+", type=Path, metavar="PTE", help="a program, or a bundle's folder")
+        parser.add_argument("--device", default="host", help=f"{DEVICE_HELP} (default: host)")
+        parser.add_argument("--method", help="only this method")
+        _measuring(parser)
+
+    @staticmethod
+    def run(arguments: Any) -> None:
+        from contextlib import nullcontext
+        from tempfile import TemporaryDirectory
+
+        from rich.table import Table
+
+        from devices.agent.protocol import Job
+        from devices.anchor import write_anchor
+        from devices.conditions import changed, fixed_clocks
+        from devices.device import connect
+        from devices.measuring import Drift, measure, preset_named
+
+        preset = preset_named(arguments.preset)
+        jobs = {}
+        for path in map(_program, arguments.programs):
+            for name in _methods(path, arguments.method):
+                jobs[f"{path}:{name}"] = Job(path, name, threads=arguments.threads, cpus=arguments.cpus)
+        with connect(arguments.device) as device, TemporaryDirectory(prefix="comp-edge.") as folder:
+            anchor = write_anchor(Path(folder), threads=arguments.threads, cpus=arguments.cpus)
+            clocks = fixed_clocks(device.transport, device.kind) if arguments.set_clocks else nullcontext()
+            with device.agent() as agent, clocks, common.progress_bar("timing") as update:
+                before, calls = device.conditions(), 0
+
+                def progress(name: str) -> None:
+                    nonlocal calls
+                    update(min(calls, preset.rounds * len(jobs)), preset.rounds * len(jobs), name)
+                    calls += 1
+
+                timings = measure(agent, jobs, anchor=anchor, preset=preset, drift=Drift(), progress=progress)
+                after = device.conditions()
+            info = device.info().model_dump(mode="json")
+        _warn(changed(before, after))
+        ms = {name: _figures(timing) for name, timing in timings.items()}
+        if arguments.json:
+            common.print_json(
+                {"device": info, "threads": arguments.threads, "conditions": [before, after], "methods": ms}
+            )
+            return
+        table = Table("method", *next(iter(ms.values())))
+        for name, figures in ms.items():
+            table.add_row(name, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in figures.values()))
+        _console().print(table)
+
+
+def _program(path: Path) -> Path:
+    """The .pte of a bundle's folder, or the file itself."""
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.pte")) or sorted(path.glob("*/*.pte"))
+    if len(found) != 1:
+        raise DeviceError(f"{str(path)!r} holds {len(found)} .pte files; give one of them, or a folder that has one.")
+    return found[0]
+
+
+def _methods(path: Path, only: str | None) -> list[str]:
+    from devices.program import method_names
+
+    names = method_names(path)
+    if only is not None and only not in names:
+        raise DeviceError(f"program {str(path)!r} has no method {only!r}; it has {', '.join(names)}.")
+    return names if only is None else [only]
+
+
+def _figures(timing: Any) -> dict[str, Any]:
+    return {
+        "steady": timing.steady,
+        "p50": timing.percentile(50),
+        "p90": timing.percentile(90),
+        "p99": timing.percentile(99),
+        "min": timing.samples[0],
+        "load": timing.load_ms,
+        "first": timing.first_ms,
+        "samples": len(timing.samples),
+        "peak_rss_kb": timing.peak_rss_kb,
+        "rejected_rounds": timing.rejected,
+        "settled": timing.settled,
+    }
+
+
+class ProfileCommand:
+    """`profile`"""
+
+    @staticmethod
+    def add(subparsers: Any) -> None:
+        from devices.profiles import NEW_TOKENS
+
+        parser = _parser(
+            subparsers, "profile", "measure what pruned forms of a model take on a device", ProfileCommand.run
+        )
+        parser.add_argument("device", metavar="DEVICE", help=DEVICE_HELP)
+        parser.add_argument("--model", required=True, help=common.MODEL_HELP)
+        parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the profile to write")
+        parser.add_argument("--prompt-tokens", type=common.count, metavar="N", help="text tokens of a request's prompt")
+        parser.add_argument(
+            "--max-new-tokens", type=common.count, default=NEW_TOKENS, metavar="N",
+            help="room for the answer, for models that generate (default: %(default)s)",
+        )  # fmt: skip
+        parser.add_argument("--resume", action="store_true", help="go on with the profile that is there")
+        _measuring(parser)
+
+    @staticmethod
+    def run(arguments: Any) -> None:
+        from devices.latency import LatencyModel
+        from devices.profiling import doubts, profile
+
+        out: Path = arguments.out
+        if out.exists() and not arguments.resume:
+            raise DeviceError(f"{str(out)!r} is there already; give --resume to go on with it, or another --out.")
+        with common.progress_bar("profile") as update:
+            found = profile(
+                arguments.device,
+                arguments.model,
+                out=out,
+                preset=arguments.preset,
+                threads=arguments.threads,
+                cpus=arguments.cpus,
+                prompt_tokens=arguments.prompt_tokens,
+                new_tokens=arguments.max_new_tokens,
+                set_clocks=arguments.set_clocks,
+                on_progress=update,
+            )
+        report = LatencyModel.fit(found).report()
+        if arguments.json:
+            common.print_json({"profile": str(out), "doubts": doubts(found), **report})
+            return
+        _warn([*doubts(found), *report["warnings"]])
+        print(f"{out}: {found.measurements} measurements of {len(found.points)} programs, {found.seconds:.0f} s")
+        _print_accuracy(report)
+
+
+class FitCommand:
+    """`fit`"""
+
+    @staticmethod
+    def add(subparsers: Any) -> None:
+        parser = _parser(
+            subparsers, "fit", "how good the predictions from a profile are, and what a plan takes", FitCommand.run
+        )
+        parser.add_argument("profile", metavar="PROFILE", help="a file that profile has written")
+        parser.add_argument(
+            "--plan",
+            action="append",
+            default=[],
+            metavar="FOLDER",
+            help="a pruned folder or a plan.json; may be repeated",
+        )
+        parser.add_argument("--decode-tokens", type=common.natural, default=0, metavar="N", help="after the first")
+        parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page with pictures")
+
+    @staticmethod
+    def run(arguments: Any) -> None:
+        from rich.table import Table
+
+        from comp_edge.plan import Plan
+        from devices.latency import LatencyModel
+        from devices.page import predicted, write_page
+
+        model = LatencyModel.fit(arguments.profile).with_decode_tokens(arguments.decode_tokens)
+        report, plans = model.report(), {}
+        for path in arguments.plan:
+            plans[path] = predicted(model, Plan.load(path))
+        if arguments.report is not None:
+            write_page(model, plans, arguments.report)
+        if arguments.json:
+            common.print_json(report | {"plans": plans})
+            return
+        _warn(report["warnings"])
+        _print_accuracy(report)
+        if plans:
+            table = Table("plan", "request", *next(iter(plans.values()))["methods"])
+            for path, found in plans.items():
+                parts = [f"{ms:.2f} ms" for ms in found["methods"].values()]
+                table.add_row(path, f"{found['ms']:.2f} ± {found['uncertainty_ms']:.2f} ms", *parts)
+                _warn([f"{path}: {sentence}" for sentence in found["outside"]])
+            _console().print(table)
+
+
+def _print_accuracy(report: dict[str, Any]) -> None:
+    """Errors of points that were left out, by method and of whole requests."""
+    from rich.table import Table
+
+    table = Table("left out one by one", "n", "mean error", "within 10 %", "in proportion to MACs")
+    plain = report["macs_proportional"]
+    rows = {**{name: (found, plain["methods"][name]) for name, found in report["methods"].items()}}
+    rows["whole request"] = (report["whole"], plain["whole"])
+    for name, (ours, theirs) in rows.items():
+        if ours["mape"] is not None:
+            table.add_row(
+                name, str(ours["n"]), f"{ours['mape']:.1%}", f"{ours['within_10pct']:.0%}", f"{theirs['mape']:.1%}"
+            )
+    _console().print(table)
+
+
+class Import:
+    """`import`"""
+
+    @staticmethod
+    def add(subparsers: Any) -> None:
+        parser = _parser(subparsers, "import", "read what somebody else has measured", Import.run)
+        parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a log or a JSON file; see the README")
+
+    @staticmethod
+    def run(arguments: Any) -> None:
+        from rich.table import Table
+
+        from devices.imports import import_results
+
+        found = [import_results(path) for path in arguments.files]
+        if arguments.json:
+            common.print_json({"results": [one.model_dump(mode="json") for one in found]})
+            return
+        table = Table("file", "format", "name", "mean ms", "min", "max", "samples")
+        for path, one in zip(arguments.files, found, strict=True):
+            for timing in one.timings:
+                values = (timing.mean, timing.min, timing.max)
+                shown = ["-" if value is None else f"{value:.3f}" for value in values]
+                count = "-" if timing.samples is None else str(len(timing.samples))
+                table.add_row(str(path), one.format, timing.name, *shown, count)
+        _console().print(table)

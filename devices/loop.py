@@ -1,0 +1,149 @@
+"""Closing the loop: the cost that a pruner asks, predicted from a profile and measured on the device while it is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from comp_edge.errors import InputError
+from comp_edge.plan import Plan
+from devices.anchor import write_anchor
+from devices.depth import config_from
+from devices.device import connect
+from devices.errors import DeviceError, DeviceGone
+from devices.latency import LatencyModel
+from devices.latency.program import Program
+from devices.measuring import PRESETS, Drift
+from devices.profiles import Measurement, Profile
+from devices.profiling import doubts, measure_program
+from devices.programs import Program as Written
+from devices.programs import Subject, write_program
+
+
+class DeviceCost:
+    """A `comp_edge.cost.Cost` in milliseconds of a request; `measure` asks the device itself.
+
+    Args:
+        profile: or its file.
+        decode_tokens: tokens that a request generates after the first.
+        attached: whether the profile's device is there to be asked; without it predictions are all that there is.
+
+    Raises:
+        DeviceError: the profile cannot be used, or is of a model that generates nothing and `decode_tokens` are asked for.
+    """
+
+    def __init__(self, profile: Profile | str | Path, *, decode_tokens: int = 0, attached: bool = True) -> None:
+        profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+        self.model = LatencyModel.fit(profile).with_decode_tokens(decode_tokens)
+        self.attached = attached
+        self.measured: list[dict[str, Any]] = []
+
+    @property
+    def name(self) -> str:
+        """What plans call this cost."""
+        return self.model.name
+
+    def predict(self, plan: Plan) -> float:
+        """Milliseconds of one request under a plan, as predicted from the profile.
+
+        Raises:
+            InputError: the plan is not of the measured model.
+        """
+        try:
+            return self.model.predict(plan)
+        except DeviceError as error:
+            raise InputError(str(error)) from None
+
+    def measure(self, plan: Plan) -> float | None:
+        """Milliseconds of one request under a plan, measured now; None where the device is not attached any more.
+
+        Raises:
+            InputError: the device is there, but the program does not run on it.
+        """
+        if not self.attached:
+            return None
+        with _input_errors():
+            found = self._timed(plan)
+        if found is None:
+            self.attached = False
+            return None
+        calls = self.model.program.calls(plan, self.model.decode_tokens)
+        took = sum(count * found[method].steady for method, count in calls.items() if count and method in found)
+        self.measured.append(
+            {
+                "ms": took,
+                "predicted_ms": self.predict(plan),
+                "methods": {method: measurement.steady for method, measurement in found.items()},
+                "settled": all(measurement.settled for measurement in found.values()),
+            }
+        )
+        return took
+
+    def _timed(self, plan: Plan) -> dict[str, Measurement] | None:
+        profile = self.model.profile
+        try:
+            with connect(profile.device.address) as device, device.agent() as agent, TemporaryDirectory() as folder:
+                settings = profile.settings
+                anchor = write_anchor(Path(folder), threads=settings.threads, cpus=settings.cpus)
+                program = self.write(plan, Path(folder) / "plan")
+                return measure_program(agent, program, anchor=anchor, preset=PRESETS[settings.preset], drift=Drift())
+        except DeviceGone:
+            return None
+
+    def write(self, plan: Plan, folder: Path) -> Written:
+        """Lower the profile's model under a plan, for timing."""
+        record = self.model.profile.model
+        subject = Subject.of(record.name, new_tokens=record.new_tokens)
+        subject = subject.with_config(config_from(record.config, where=f"model {record.name!r} of the profile"))
+        return write_program(subject, plan, folder)
+
+    def describe(self, dense: Plan, plan: Plan) -> dict[str, Any]:
+        """Device, conditions, how good the model is and where the time goes: for metrics.json and the report."""
+        profile, report = self.model.profile, self.model.report()
+        return {
+            "device": profile.device.model_dump(mode="json"),
+            "settings": profile.settings.model_dump(mode="json"),
+            "conditions": [*profile.conditions[:1], *profile.conditions[1:][-1:]],
+            "decode_tokens": self.model.decode_tokens,
+            "device_seconds": profile.seconds,
+            "measurements": profile.measurements,
+            "held_out": report["whole"],
+            "warnings": [*doubts(profile), *report["warnings"], *self.model.check(plan)],
+            "predicted_ms": {"dense": self.predict(dense), "pruned": self.predict(plan)},
+            "uncertainty_ms": self.model.uncertainty(plan),
+            "measured": self.measured,
+            "methods": {"dense": self.model.parts(dense), "pruned": self.model.parts(plan)},
+            "layers": {
+                name: [cost._asdict() for cost in self.model.by_layer(of)]
+                for name, of in (("dense", dense), ("pruned", plan))
+            },
+        }
+
+
+def cost_of(profile: str, *, model: Any, decode_tokens: int, attached: bool) -> DeviceCost:
+    """What `comp-edge prune --device` asks for, through the entry point `comp_edge.costs`.
+
+    Args:
+        model: that is to be pruned.
+
+    Raises:
+        InputError: see `DeviceCost`; or the profile is of another model.
+    """
+    with _input_errors():
+        cost = DeviceCost(profile, decode_tokens=decode_tokens, attached=attached)
+    record = cost.model.profile.model
+    if Program.of(record).shapes != Program(model, room=record.new_tokens).shapes:
+        raise InputError(f"profile {profile!r} is of {record.name!r}, whose layers have other sizes than the model's.")
+    return cost
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """What is wrong with a device, as the pruner's error."""
+    try:
+        yield
+    except DeviceError as error:
+        raise InputError(str(error)) from None

@@ -1,0 +1,161 @@
+"""The pruner's cost: predicted from a profile, measured where the device is attached."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import devices.loop
+from comp_edge.correction import Described, Measurable
+from comp_edge.cost import Cost
+from comp_edge.errors import InputError
+from comp_edge.structure import empty_model
+from comp_edge.units import dense_plan
+from devices.agent.protocol import Job
+from devices.bench import Compared, summarize
+from devices.bench_budget import summarize as summarize_budgets
+from devices.errors import DeviceError, DeviceGone
+from devices.loop import DeviceCost, cost_of
+from devices.programs import Program
+from tests.devices.latency_machine import TEXT, Machine, clip_config, llava_config, make_profile
+from tests.devices.simulated import ANCHOR, SimulatedAgent, SimulatedDevice
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return make_profile(llava_config(), Machine, blocks=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return empty_model(llava_config())
+
+
+@pytest.fixture(scope="module")
+def dense(model):
+    return dense_plan(model, base="tests", prompt_tokens=TEXT["llava"])
+
+
+@pytest.fixture
+def attached(monkeypatch, model):
+    """A device on which every plan takes 1.3 times what the machine behind the profile takes."""
+    machine, plans = Machine(model, noise=0.0), []
+
+    def takes(job: Job, number: int) -> float:
+        return 1.3 * machine.ms(plans[-1])[job.method]
+
+    device = SimulatedDevice(SimulatedAgent(takes))
+
+    @contextmanager
+    def connect(address: str):
+        assert address == "host"
+        yield device
+
+    def write(self, plan, folder):
+        folder.mkdir()
+        (folder / "model.pte").touch()
+        plans.append(plan)
+        return Program(folder / "model.pte", {name: Path("none.bin") for name in machine.ms(plan)})
+
+    monkeypatch.setattr(devices.loop, "connect", connect)
+    monkeypatch.setattr(DeviceCost, "write", write)
+    monkeypatch.setattr(devices.loop, "write_anchor", lambda folder, threads, cpus: Job(folder / ANCHOR))
+    return device
+
+
+def test_it_predicts_measures_and_describes(profile, dense, attached):
+    cost = DeviceCost(profile, decode_tokens=8)
+    assert isinstance(cost, Cost) and isinstance(cost, Measurable) and isinstance(cost, Described)
+    assert cost.predict(dense) == cost.model.predict(dense)
+    measured = cost.measure(dense)
+    assert measured == pytest.approx(1.3 * cost.predict(dense), rel=0.05), (
+        "decode counts eight times, as in predictions"
+    )
+    told = json.loads(json.dumps(cost.describe(dense, dense)))
+    assert told["measured"][0]["ms"] == measured and told["predicted_ms"]["dense"] == cost.predict(dense)
+    assert {row["stream"] for row in told["layers"]["pruned"]} == {"vision", "language"}
+    assert told["device"]["name"] == profile.device.name and told["decode_tokens"] == 8
+
+
+def test_a_device_that_has_gone_is_not_asked_again(profile, dense, monkeypatch):
+    asked = []
+
+    def connect(address: str):
+        asked.append(address)
+        raise DeviceGone("unplugged")
+
+    monkeypatch.setattr(devices.loop, "connect", connect)
+    cost = DeviceCost(profile)
+    assert cost.measure(dense) is None and cost.measure(dense) is None and len(asked) == 1
+    assert DeviceCost(profile, attached=False).measure(dense) is None and len(asked) == 1
+
+
+def test_a_program_that_fails_there_is_the_users_error(profile, dense, attached):
+    def fails(job):
+        raise DeviceError("no operator aten::sort.values on the device.")
+
+    attached._agent.fails = fails
+    with pytest.raises(InputError, match="aten::sort"):
+        DeviceCost(profile).measure(dense)
+
+
+def test_what_the_command_line_asks_for(profile, model, tmp_path):
+    path = tmp_path / "p.json"
+    profile.save(path)
+    options = {"decode_tokens": 2, "attached": False}
+    assert cost_of(str(path), model=model, **options).model.decode_tokens == 2
+    with pytest.raises(InputError, match="other sizes"):
+        cost_of(str(path), model=empty_model(clip_config()), **options)
+    with pytest.raises(InputError, match="does not exist"):
+        cost_of(str(tmp_path / "none.json"), model=model, **options)
+
+
+def test_a_plan_of_another_model_is_refused(profile):
+    other = empty_model(clip_config())
+    with pytest.raises(InputError, match="measured model has"):
+        DeviceCost(profile).predict(dense_plan(other, base="x", prompt_tokens=8))
+
+
+def test_errors_of_a_benchmark(profile, dense):
+    cost = DeviceCost(profile).model
+    rows = [
+        Compared(dense, macs=m, measured=float(m), predicted=1.02 * m, proportional=1.2 * m, uncertainty=0.1)
+        for m in (2, 4, 6, 8)
+    ]
+    found = summarize({"a": (cost, rows, 10.0)})
+    assert found["whole_model"]["n"] == 4 and found["whole_model"]["mape"] == pytest.approx(0.02)
+    assert found["whole_model"]["within_10pct"] == 1.0 and found["whole_model"]["spearman"] == pytest.approx(1.0)
+    # Saved are 8, 6, 4, 2 ms of ten; predictions are off by 0.04, 0.08, 0.12, 0.16.
+    assert found["saved_ms"]["median_error"] == pytest.approx((0.08 / 6 + 0.12 / 4) / 2)
+    assert found["macs_proportional"]["whole_model"]["mape"] == pytest.approx(0.2)
+    assert found["measurements"] == profile.measurements and not found["warnings"]
+    rows = [Compared(dense, m, float(m), 1.15 * m, 1.2 * m, 0.1) for m in (2, 4)]
+    assert "not 2 times better" in summarize({"a": (cost, rows, 10.0)})["warnings"][0]
+
+
+def test_pairs_of_a_budget_benchmark():
+    parts = [{"kind": "budget", "budget_ms": 10.0, "measured_ms": ms} for ms in (9.9, 10.2, 10.4)]
+    for driver, budget, score in (
+        ("latency", 4.0, 0.88),
+        ("latency", 5.0, 0.92),
+        ("macs", 5.0, 0.90),
+        ("macs", 4.0, 0.8),
+    ):
+        parts.append(
+            {
+                "kind": "steered",
+                "driven_by": driver,
+                "seed": 1,
+                "budget_ms": budget,
+                "score": score,
+                "measured_ms": budget,
+            }
+        )
+    found = summarize_budgets(parts)
+    assert found["budgets"] == {"n": 3, "met": 2, "worst": pytest.approx(1.04)}
+    assert found["steered"]["score"] == pytest.approx((0.02 + 0.08) / 2)
+    # 0.90 is half way between the two that milliseconds steered: 4.5 ms against 5. Nothing is known of 0.8.
+    assert found["steered"]["faster"] == pytest.approx(5.0 / 4.5 - 1)
