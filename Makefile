@@ -12,7 +12,7 @@ demo: $(READY)
 
 # Everything, slow tests included; two workers with one thread each.
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n $(WORKERS) --dist worksteal --durations=40
 
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

@@ -17,6 +17,13 @@ from safetensors import SafetensorError
 from comp_edge.errors import InputError
 
 
+def cache_folder() -> Path:
+    """Where data sets and agents are kept: $COMP_EDGE_CACHE, else comp-edge below the user's cache folder."""
+    if folder := os.environ.get("COMP_EDGE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "comp-edge"
+
+
 def read_json(path: str | Path, *, what: str) -> Any:
     """Parse a JSON file; `what` names it in the error ("plan", "trace", ...).
 

@@ -7,17 +7,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from devices.agent.onnx_export import write_onnx
 from devices.agent.protocol import Job
 from export.executorch.lower import Method, lower
 
 TOKENS, WIDTH, HIDDEN = 64, 384, 1536  # about 75 million multiply-accumulates, as a small layer's feed-forward has
+NAME = "anchor"
 
 
-def write_anchor(folder: Path, *, threads: int, cpus: tuple[int, ...]) -> Job:
-    """Lower it into a folder; the job that times it."""
+def write_anchor(folder: Path, *, form: str, threads: int, cpus: tuple[int, ...]) -> Job:
+    """Lower it into a folder; the job that times it.
+
+    Args:
+        form: see `devices.programs.write_programs`.
+    """
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
-    method = Method(module=module, inputs=(torch.zeros(1, TOKENS, WIDTH),), spec=None)
-    path = folder / "anchor.pte"
-    path.write_bytes(lower({"forward": method}, constants={}).program)
-    return Job(program=path, threads=threads, cpus=cpus, warmup=2, iterations=8)
+    module = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH)).eval()
+    inputs = (torch.zeros(1, TOKENS, WIDTH),)
+    if form == "onnx":
+        path = write_onnx(NAME, module, inputs, folder).path
+    else:
+        path = folder / f"{NAME}.pte"
+        path.write_bytes(lower({NAME: Method(module=module, inputs=inputs)}, constants={}).program)
+    return Job(program=path, method=NAME, threads=threads, cpus=cpus, warmup=2, iterations=8)

@@ -10,23 +10,22 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from comp_edge.cost import MacsCost
 from comp_edge.errors import InputError
 from comp_edge.files import read_json, write_bytes, write_json
 from comp_edge.plan import Plan
-from devices.anchor import write_anchor
 from devices.device import Device, connect
 from devices.errors import DeviceError
 from devices.latency import LatencyModel, accuracy
-from devices.measuring import PRESETS, Drift
+from devices.measuring import PRESETS
 from devices.pictures import latency_png
 from devices.points import held_out_plans
 from devices.profiles import Measurement, Profile
-from devices.profiling import measure_program, profile
-from devices.programs import Subject, write_program
+from devices.profiling import profile
+from devices.programs import Subject
+from devices.sitting import sit
 
 RESULTS_FILE, PICTURE_FILE, PROFILE_FILE, PLANS = "results.json", "latency.png", "profile.json", "plans"
 MODELS = ("random:clip-vit-b-16", "random:smolvlm-256m")
@@ -214,12 +213,10 @@ def _timed(
     found: list[dict[str, Measurement]] = []
     missing = [index for index in range(len(plans)) if not _file(folder, index).is_file()]
     if missing:
-        with device.agent() as agent, TemporaryDirectory(prefix="comp-edge.") as scratch:
-            anchor, drift = write_anchor(Path(scratch), threads=threads, cpus=()), Drift()
+        with sit(device, preset=PRESETS["quick"], threads=threads) as sitting:
             for done, index in enumerate(missing, len(plans) - len(missing)):
                 on_progress(done, f"lower and measure plan {index + 1} of {len(plans)}")
-                program = write_program(subject, plans[index], Path(scratch) / str(index))
-                timing = measure_program(agent, program, anchor=anchor, preset=PRESETS["quick"], drift=drift)
+                timing = sitting.time(subject, plans[index])
                 record = {
                     "plan": plans[index].to_json(),
                     "methods": {method: one.model_dump(mode="json") for method, one in timing.items()},

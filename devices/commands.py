@@ -36,6 +36,10 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
     from devices.measuring import PRESETS
 
     parser.add_argument("--preset", default="quick", metavar="PRESET", help=f"{' or '.join(PRESETS)} (default: quick)")
+    parser.add_argument(
+        "--agent", default="native", metavar="AGENT",
+        help="native (C++), python (a board's own runtime) or trtexec (a Jetson's GPU) (default: native)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=common.count, default=1, metavar="N", help="of the runtime (default: 1)")
     parser.add_argument("--cpus", type=_cpus, default=(), metavar="N,N", help="cores to bind to (default: all)")
     parser.add_argument(
@@ -105,25 +109,24 @@ class Run:
     @staticmethod
     def run(arguments: Any) -> None:
         from contextlib import nullcontext
-        from tempfile import TemporaryDirectory
 
         from rich.table import Table
 
         from devices.agent.protocol import Job
-        from devices.anchor import write_anchor
         from devices.conditions import changed, fixed_clocks
         from devices.device import connect
-        from devices.measuring import Drift, measure, preset_named
+        from devices.measuring import preset_named
+        from devices.sitting import sit
 
         preset = preset_named(arguments.preset)
         jobs = {}
         for path in map(_program, arguments.programs):
             for name in _methods(path, arguments.method):
                 jobs[f"{path}:{name}"] = Job(path, name, threads=arguments.threads, cpus=arguments.cpus)
-        with connect(arguments.device) as device, TemporaryDirectory(prefix="comp-edge.") as folder:
-            anchor = write_anchor(Path(folder), threads=arguments.threads, cpus=arguments.cpus)
+        options = {"agent": arguments.agent, "threads": arguments.threads, "cpus": arguments.cpus}
+        with connect(arguments.device) as device:
             clocks = fixed_clocks(device.transport, device.kind) if arguments.set_clocks else nullcontext()
-            with device.agent() as agent, clocks, common.progress_bar("timing") as update:
+            with sit(device, preset=preset, **options) as sitting, clocks, common.progress_bar("timing") as update:
                 before, calls = device.conditions(), 0
 
                 def progress(name: str) -> None:
@@ -131,7 +134,7 @@ class Run:
                     update(min(calls, preset.rounds * len(jobs)), preset.rounds * len(jobs), name)
                     calls += 1
 
-                timings = measure(agent, jobs, anchor=anchor, preset=preset, drift=Drift(), progress=progress)
+                timings = sitting.measure(jobs, progress)
                 after = device.conditions()
             info = device.info().model_dump(mode="json")
         _warn(changed(before, after))
@@ -217,6 +220,7 @@ class ProfileCommand:
                 arguments.model,
                 out=out,
                 preset=arguments.preset,
+                agent=arguments.agent,
                 threads=arguments.threads,
                 cpus=arguments.cpus,
                 prompt_tokens=arguments.prompt_tokens,

@@ -82,16 +82,22 @@ class Device:
         return read_conditions(self.transport, self.kind)
 
     @contextmanager
-    def agent(self) -> Iterator[Agent]:
+    def agent(self, kind: str = "native") -> Iterator[Agent]:
         """An agent that is ready to time programs; it and all that it brought along are removed at the end.
+
+        Args:
+            kind: "native", the C++ program; "python", for boards with ExecuTorch's Python runtime; "trtexec", for the GPU of
+                a Jetson.
 
         Raises:
             DeviceError: it cannot be built for this device's processor, or does not run there.
         """
-        from devices.agent import NativeAgent
+        from devices.agent import AGENTS
 
+        if kind not in AGENTS:
+            raise DeviceError(f"unknown agent {kind!r}; accepted: {', '.join(AGENTS)}.")
         with self.transport.workspace() as folder:
-            agent = NativeAgent(self.transport, folder)
+            agent = AGENTS[kind](self.transport, folder)
             agent.install()
             yield agent
 

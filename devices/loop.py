@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from comp_edge.errors import InputError
 from comp_edge.plan import Plan
-from devices.anchor import write_anchor
 from devices.depth import config_from
 from devices.device import connect
 from devices.errors import DeviceError, DeviceGone
 from devices.latency import LatencyModel
 from devices.latency.program import Program
-from devices.measuring import PRESETS, Drift
+from devices.measuring import preset_named
 from devices.profiles import Measurement, Profile
-from devices.profiling import doubts, measure_program
-from devices.programs import Program as Written
-from devices.programs import Subject, write_program
+from devices.profiling import doubts
+from devices.programs import Subject
+from devices.sitting import sit
 
 
 class DeviceCost:
@@ -83,22 +82,23 @@ class DeviceCost:
         return took
 
     def _timed(self, plan: Plan) -> dict[str, Measurement] | None:
-        profile = self.model.profile
+        settings = self.model.profile.settings
+        options = {"agent": settings.agent, "threads": settings.threads, "cpus": settings.cpus}
         try:
-            with connect(profile.device.address) as device, device.agent() as agent, TemporaryDirectory() as folder:
-                settings = profile.settings
-                anchor = write_anchor(Path(folder), threads=settings.threads, cpus=settings.cpus)
-                program = self.write(plan, Path(folder) / "plan")
-                return measure_program(agent, program, anchor=anchor, preset=PRESETS[settings.preset], drift=Drift())
+            with (
+                connect(self.model.profile.device.address) as device,
+                sit(device, preset=preset_named(settings.preset), **options) as sitting,
+            ):
+                return sitting.time(self.subject, plan)
         except DeviceGone:
             return None
 
-    def write(self, plan: Plan, folder: Path) -> Written:
-        """Lower the profile's model under a plan, for timing."""
+    @cached_property
+    def subject(self) -> Subject:
+        """The profile's model, as it was measured."""
         record = self.model.profile.model
         subject = Subject.of(record.name, new_tokens=record.new_tokens)
-        subject = subject.with_config(config_from(record.config, where=f"model {record.name!r} of the profile"))
-        return write_program(subject, plan, folder)
+        return subject.with_config(config_from(record.config, where=f"model {record.name!r} of the profile"))
 
     def describe(self, dense: Plan, plan: Plan) -> dict[str, Any]:
         """Device, conditions, how good the model is and where the time goes: for metrics.json and the report."""

@@ -5,24 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from comp_edge.files import check_writable
-from devices.agent.protocol import Agent, Job
-from devices.anchor import write_anchor
 from devices.conditions import changed, fixed_clocks
 from devices.device import Device, connect
 from devices.errors import DeviceError
-from devices.measuring import Drift, Preset, Stopwatch, measure, preset_named, run_job
+from devices.measuring import preset_named
 from devices.points import PointSpec, choose_points
 from devices.profiles import NEW_TOKENS, ModelRecord, Point, Profile, Settings
-from devices.programs import Program, Subject, write_program
+from devices.programs import Subject
 from devices.record import DeviceRecord
+from devices.sitting import Sitting, sit
 
+BACKENDS = {"pte": "xnnpack", "onnx": "tensorrt"}  # what runs programs of each form
 Progress = Callable[[int, int, str], None]  # points done, of how many, what is going on
 
 
@@ -32,6 +30,7 @@ def profile(
     *,
     out: str | Path | None = None,
     preset: str = "quick",
+    agent: str = "native",
     threads: int = 1,
     cpus: tuple[int, ...] = (),
     prompt_tokens: int | None = None,
@@ -49,6 +48,7 @@ def profile(
         device: or its address.
         model: whatever names a model (a folder, a reference model, a hub id, `random:SHAPE`); its weights are not used.
         preset: "quick", or "report" (at least 1,024 samples or a minute for each method).
+        agent: "native", "python" or "trtexec" (see `Device.agent`).
         threads: of the runtime; `cpus` are the cores that it is bound to.
         prompt_tokens: text tokens of a request's prompt, and `new_tokens`: room for the answer.
         set_clocks: fix the device's clocks while it is measured; they are put back afterwards.
@@ -62,7 +62,7 @@ def profile(
     if isinstance(device, str):
         with connect(device) as connected:
             return profile(
-                connected, model, out=out, preset=preset, threads=threads, cpus=cpus, prompt_tokens=prompt_tokens,
+                connected, model, out=out, preset=preset, agent=agent, threads=threads, cpus=cpus, prompt_tokens=prompt_tokens,
                 new_tokens=new_tokens, set_clocks=set_clocks, points=points, on_progress=on_progress,
             )  # fmt: skip
     chosen = preset_named(preset)
@@ -74,16 +74,19 @@ def profile(
         model = Subject.of(model, text_tokens=prompt_tokens, new_tokens=new_tokens)
     points = choose_points(model) if points is None else points
     on_progress(0, len(points), f"reach {device.address}")
-    with device.agent() as installed, TemporaryDirectory(prefix="comp-edge.") as folder:
-        agent = Stopwatch(installed)
-        anchor = write_anchor(Path(folder), threads=threads, cpus=cpus)
-        answer = run_job(agent, anchor)
+    with sit(device, preset=chosen, agent=agent, threads=threads, cpus=cpus) as sitting:
         settings = Settings(
-            preset=preset, agent=answer.agent, runtime=answer.runtime, threads=threads, cpus=cpus, clocks_set=set_clocks
+            preset=preset,
+            agent=agent,
+            runtime=sitting.first.runtime,
+            threads=threads,
+            cpus=cpus,
+            clocks_set=set_clocks,
+            backend=BACKENDS[sitting.form],
         )
-        session = _Session(_begin(out, device.info(), model.record, settings), out, device, agent, anchor, chosen)
+        session = _Session(_begin(out, device.info(), model.record, settings), out, device, sitting)
         with fixed_clocks(device.transport, device.kind) if set_clocks else nullcontext():
-            session.run(model, points, Path(folder), on_progress)
+            session.run(model, points, on_progress)
     return session.profile
 
 
@@ -125,48 +128,25 @@ def doubts(measured: Profile) -> list[str]:
 class _Session:
     """One run of `profile` on a device."""
 
-    def __init__(
-        self,
-        begun: Profile,
-        out: str | Path | None,
-        device: Device,
-        agent: Stopwatch,
-        anchor: Job,
-        preset: Preset,
-    ) -> None:
-        self.profile, self.out, self.device = begun, out, device
-        self.agent, self.anchor, self.preset = agent, anchor, preset
-        self.drift = Drift()
+    def __init__(self, begun: Profile, out: str | Path | None, device: Device, sitting: Sitting) -> None:
+        self.profile, self.out, self.device, self.sitting = begun, out, device, sitting
         self.before = begun.seconds  # of earlier runs
 
-    def run(self, model: Subject, points: list[PointSpec], folder: Path, on_progress: Progress) -> None:
+    def run(self, model: Subject, points: list[PointSpec], on_progress: Progress) -> None:
         done = {point.id for point in self.profile.points}
         missing = [point for point in points if point.id not in done]
         self._note("begin")
         for number, spec in enumerate(missing, len(points) - len(missing)):
             on_progress(number, len(points), f"lower {spec.id}")
-            program = write_program(
+            found = self.sitting.time(
                 model,
                 spec.plan,
-                folder / spec.id,
                 layers=spec.layers if spec.kind == "block" else None,
                 methods=spec.methods,
+                progress=lambda method, at=number, id=spec.id: on_progress(at, len(points), f"measure {id} {method}"),
             )
-
-            def tell(method: str, number: int = number, spec: PointSpec = spec) -> None:
-                on_progress(number, len(points), f"measure {spec.id} {method}")
-
-            found = measure_program(
-                self.agent, program, anchor=self.anchor, preset=self.preset, drift=self.drift, progress=tell
-            )
-            self.profile = self.profile.model_copy(
-                update={
-                    "points": (
-                        *self.profile.points,
-                        Point(id=spec.id, kind=spec.kind, layers=spec.layers, plan=spec.plan.to_json(), methods=found),
-                    )
-                }
-            )
+            point = Point(id=spec.id, kind=spec.kind, layers=spec.layers, plan=spec.plan.to_json(), methods=found)
+            self.profile = self.profile.model_copy(update={"points": (*self.profile.points, point)})
             self._note(f"after {spec.id}")
         self.profile = self.profile.model_copy(update={"complete": True})
         self._save()
@@ -178,7 +158,7 @@ class _Session:
         self.profile = self.profile.model_copy(
             update={
                 "conditions": (*self.profile.conditions, entry),
-                "seconds": self.before + self.agent.seconds,
+                "seconds": self.before + self.sitting.agent.seconds,
             }
         )
         self._save()
@@ -186,24 +166,3 @@ class _Session:
     def _save(self) -> None:
         if self.out is not None:
             self.profile.save(self.out)
-
-
-def measure_program(
-    agent: Agent,
-    program: Program,
-    *,
-    anchor: Job,
-    preset: Preset,
-    drift: Drift,
-    progress: Callable[[str], None] = lambda method: None,
-) -> dict[str, Any]:
-    """Time all methods of a program in turns; it is removed from the device, and its files from this machine."""
-    jobs = {
-        method: replace(anchor, program=program.path, method=method, inputs=inputs)
-        for method, inputs in program.inputs.items()
-    }
-    try:
-        return measure(agent, jobs, anchor=anchor, preset=preset, drift=drift, progress=progress)
-    finally:
-        agent.forget(program.path)
-        program.path.unlink()

@@ -24,6 +24,7 @@ from comp_edge.structure import empty_model
 from comp_edge.surgery import apply_plan
 from comp_edge.units import dense_plan
 from comp_edge.units import text_tokens as prompt_length
+from devices.agent.onnx_export import write_onnx
 from devices.depth import with_layers
 from devices.errors import DeviceError
 from devices.profiles import NEW_TOKENS, ModelRecord
@@ -103,26 +104,28 @@ class Subject:
 
 @dataclass(frozen=True)
 class Program:
-    """A .pte file, and for each of its methods a file with the raw bytes of its inputs."""
+    """A program's file, and for each of its methods a file with the raw bytes of its inputs."""
 
     path: Path
     inputs: dict[str, Path]
 
 
-def write_program(
+def write_programs(
     subject: Subject,
     plan: Plan,
     folder: Path,
     *,
     layers: Mapping[str, int] | None = None,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] = (),
+    form: str = "pte",
     seed: int = 0,
-) -> Program:
+) -> list[Program]:
     """Lower a model of random weights under a plan.
 
     Args:
         plan: of the model with `layers`.
         methods: only these; by default all that are worth timing.
+        form: "pte", one program of all methods for ExecuTorch; "onnx", one for each method.
 
     Raises:
         DeviceError: the model has none of these methods.
@@ -131,20 +134,23 @@ def write_program(
     config = subject.config if layers is None else with_layers(subject.config, layers)
     model = random_model(config, seed=seed).requires_grad_(False)
     apply_plan(model, plan)
-    found = _methods(model, plan, subject)
+    found = deployed_methods(model, plan, subject)
     chosen = {name: method for name, method in found.items() if (name in methods if methods else name not in IGNORED)}
     if not chosen:
         raise DeviceError(f"{subject.name!r} has methods {', '.join(found)}; {', '.join(methods)} were asked for.")
+    if form == "onnx":
+        written = {name: write_onnx(name, method.module, method.inputs, folder) for name, method in chosen.items()}
+        return [Program(file.path, {name: file.inputs}) for name, file in written.items()]
     folder.mkdir(parents=True, exist_ok=True)
     program = Program(folder / "model.pte", {name: folder / f"{name}.bin" for name in chosen})
     for name, method in chosen.items():
         raw = b"".join(tensor.contiguous().numpy().tobytes() for tensor in method.inputs)
         program.inputs[name].write_bytes(raw)
     program.path.write_bytes(lower(chosen, constants={}).program)
-    return program
+    return [program]
 
 
-def _methods(model: Any, plan: Plan, subject: Subject) -> dict[str, Method]:
+def deployed_methods(model: Any, plan: Plan, subject: Subject) -> dict[str, Method]:
     """The methods of a model that is pruned to a plan, as they are deployed, with inputs of a request of full length."""
     side = _image_side(model, plan)
     if family_of(model).fusion(model) is not None:

@@ -6,20 +6,13 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from comp_edge.files import cache_folder
 from comp_edge.tasks.vqa import Split
-
-
-def cache_folder() -> Path:
-    """Where data sets are kept: $COMP_EDGE_CACHE, else comp-edge below the user's cache folder."""
-    if folder := os.environ.get("COMP_EDGE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "comp-edge"
 
 
 def cached_split(key: str, make: Callable[[], Split]) -> Split:

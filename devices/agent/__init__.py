@@ -7,7 +7,10 @@ from devices.agent.protocol import Agent, AgentError, Answer, Checksum, Job, par
 from devices.agent.python_board import PythonAgent
 from devices.agent.trtexec import TrtexecAgent
 
+AGENTS = {"native": NativeAgent, "python": PythonAgent, "trtexec": TrtexecAgent}
+
 __all__ = [
+    "AGENTS",
     "Agent",
     "AgentError",
     "Answer",

@@ -70,7 +70,7 @@ def build(machine: str = platform.machine(), *, cache: Path | None = None) -> Pa
     if machine not in MACHINES:
         raise DeviceError(f"no agent can be built for {machine!r}; accepted: {', '.join(MACHINES)}.")
     if cache is None:
-        from comp_edge.tasks.cache import cache_folder
+        from comp_edge.files import cache_folder
 
         cache = cache_folder() / "agents"
     version = _executorch_version()

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from devices.agent.quiet import quiet
 from devices.errors import DeviceError
-from devices.programs import Program
 
 OPSET = 17  # the newest of TensorRT 8.5
 LARGEST = 2**31 - 2**20  # bytes of weights; a protobuf file has at most 2 GiB
@@ -55,7 +55,14 @@ def stateless(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Stateless,
     return Stateless(module, state, wide), (*narrow, *values)
 
 
-def write_onnx(name: str, module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Program:
+class OnnxFile(NamedTuple):
+    """A program of one method, and the raw bytes of its inputs."""
+
+    path: Path
+    inputs: Path
+
+
+def write_onnx(name: str, module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> OnnxFile:
     """Write a method as `NAME.onnx`, of static shapes, and its inputs (state included) as `NAME.bin`.
 
     Raises:
@@ -66,7 +73,7 @@ def write_onnx(name: str, module: nn.Module, inputs: tuple[Tensor, ...], folder:
         raise DeviceError(f"method {name!r} has {size} bytes of weights; an ONNX file takes at most {LARGEST}.")
     method, example = stateless(module.eval(), inputs)
     folder.mkdir(parents=True, exist_ok=True)
-    program = Program(folder / f"{name}.onnx", {name: folder / f"{name}.bin"})
+    program = OnnxFile(folder / f"{name}.onnx", folder / f"{name}.bin")
     names = [f"input_{index}" for index in range(len(example))]
     with quiet(), torch.no_grad():
         try:
@@ -74,7 +81,7 @@ def write_onnx(name: str, module: nn.Module, inputs: tuple[Tensor, ...], folder:
         except (RuntimeError, ValueError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DeviceError(f"method {name!r} has no ONNX form: {reason[:300].rstrip('.')}.") from None
-    program.inputs[name].write_bytes(b"".join(tensor.contiguous().numpy().tobytes() for tensor in example))
+    program.inputs.write_bytes(b"".join(tensor.contiguous().numpy().tobytes() for tensor in example))
     return program
 
 

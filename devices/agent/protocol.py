@@ -80,6 +80,9 @@ class Answer(BaseModel):
         # A clock that jumps, or samples that were not measured one after the other.
         if sum(self.wall_ms) > self.total_ms * 1.05 + 1:
             raise ValueError(f"calls of {sum(self.wall_ms):.1f} ms in all were made in {self.total_ms:.1f} ms")
+        # A clock that stands still: reading it and the loop around the shortest call take no longer than the call.
+        if sum(self.wall_ms) < self.total_ms * 0.2 - 50:
+            raise ValueError(f"calls of {sum(self.wall_ms):.1f} ms in all took {self.total_ms:.1f} ms")
         return self
 
 
@@ -111,12 +114,13 @@ def parse_answer(stdout: str, *, job: Job, where: str) -> Answer:
     try:
         value = json.loads(lines[-1])
         if isinstance(value, dict) and "error" in value:
-            raise AgentError(f"{job.program.name}: {Failure.model_validate(value).error} (on {where})")
+            said = "".join(c for c in Failure.model_validate(value).error if c.isprintable())
+            raise AgentError(f"{job.program.name}: {said} (on {where})")
         answer = Answer.model_validate(value)
     except AgentError:
         raise
-    except (ValueError, ValidationError, RecursionError) as error:
-        reason = str(error).splitlines()[-1 if isinstance(error, ValidationError) else 0].strip()
+    except (ValueError, RecursionError) as error:  # pydantic's errors are ValueErrors
+        reason = _reason(error)
         raise DeviceError(f"the agent on {where} printed {lines[-1][:80]!r}, which is no answer: {reason}.") from None
     if answer.method != job.method or answer.threads != job.threads:
         raise DeviceError(
@@ -126,8 +130,22 @@ def parse_answer(stdout: str, *, job: Job, where: str) -> Answer:
     return answer
 
 
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0]
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}{': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
+
+
 class Agent(Protocol):
-    """Something on a device that times programs. `install` is called once in a workspace, before the first job."""
+    """Something on a device that times programs. `install` is called once in a workspace, before the first job.
+
+    Attributes:
+        form: of the programs that it takes: "pte" or "onnx".
+    """
+
+    form: str
 
     def install(self) -> None:
         """Bring what is needed to the device.

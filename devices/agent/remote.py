@@ -76,6 +76,8 @@ class CommandAgent(ABC):
         workspace: a private folder on the device.
     """
 
+    form = "pte"
+
     def __init__(self, transport: Transport, workspace: str) -> None:
         self._transport, self._workspace = transport, workspace
         self._files = RemoteFiles(transport, workspace)

@@ -63,6 +63,8 @@ class TrtexecAgent:
         program: trtexec on the device; by default where JetPack puts it, or in the PATH.
     """
 
+    form = "onnx"
+
     def __init__(self, transport: Transport, workspace: str, *, fp16: bool = False, program: str | None = None) -> None:
         self._transport, self._workspace, self._fp16 = transport, workspace, fp16
         self._places = PLACES if program is None else (program,)

@@ -18,11 +18,11 @@ from export.bundle import Delegation, MethodSpec
 
 @dataclass(frozen=True)
 class Method:
-    """One method of a program: the module, inputs to trace it with, and what the manifest says of it."""
+    """One method of a program: the module, inputs to trace it with, and what the manifest says of it, where there is one."""
 
     module: nn.Module
     inputs: tuple[torch.Tensor, ...]
-    spec: MethodSpec
+    spec: MethodSpec | None = None
     dynamic_shapes: tuple[Any, ...] | None = None
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from comp_edge.errors import InputError
+from comp_edge.files import cache_folder
 from comp_edge.tasks import BUILT_IN, Task, load_task, task_class
-from comp_edge.tasks.cache import cache_folder, cached_split
+from comp_edge.tasks.cache import cached_split
 from comp_edge.tasks.digit_vqa import DigitVQA
 from comp_edge.tasks.vqa import Split, answer_loss
 from tests import tiny

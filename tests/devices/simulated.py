@@ -33,6 +33,7 @@ class SimulatedAgent:
         self.jobs: list[Job] = []
         self.forgotten: list[str] = []
         self.installed = 0
+        self.form = "pte"
 
     def install(self) -> None:
         self.installed += 1
@@ -57,7 +58,7 @@ class SimulatedAgent:
         )
 
     def forget(self, program: Path) -> None:
-        self.forgotten.append(program.parent.name)
+        self.forgotten.append(program.name)
 
 
 class SimulatedDevice:
@@ -77,6 +78,6 @@ class SimulatedDevice:
         return {"kind": "linux", "missing": ["cpufreq"]}
 
     @contextmanager
-    def agent(self) -> Iterator[SimulatedAgent]:
+    def agent(self, kind: str = "native") -> Iterator[SimulatedAgent]:
         self._agent.install()
         yield self._agent

@@ -70,7 +70,7 @@ def test_an_output_may_be_no_number():
         ({"wall_ms": [2.0, float("nan"), 2.0]}, "no answer"),
         ({"wall_ms": [2.0, float("inf"), 2.0]}, "no answer"),
         ({"wall_ms": [2.0, "2.0 s"], "cpu_ms": []}, "no answer"),
-        ({"cpu_ms": [1.0]}, "no answer"),
+        ({"cpu_ms": [1.0]}, "3 wall times but 1 processor times"),
         ({"total_ms": float("nan")}, "no answer"),
         ({"total_ms": -1}, "no answer"),
         ({"load_ms": None}, "no answer"),
@@ -92,8 +92,21 @@ def test_a_clock_that_lies():
     samples = [2.0] * 1000
     answer = GOOD | {"wall_ms": samples, "cpu_ms": []}
     assert parse(json.dumps(answer | {"total_ms": 2003.0}))
-    with pytest.raises(DeviceError, match="no answer"):
+    with pytest.raises(DeviceError, match="calls of 2000.0 ms in all were made in 1500.0 ms"):
         parse(json.dumps(answer | {"total_ms": 1500.0}))
+
+
+def test_a_clock_that_stands_still():
+    answer = GOOD | {"wall_ms": [0.001] * 1000, "cpu_ms": []}
+    assert parse(json.dumps(answer | {"total_ms": 20.0}))
+    with pytest.raises(DeviceError, match="calls of 1.0 ms in all took 4000.0 ms"):
+        parse(json.dumps(answer | {"total_ms": 4000.0}))
+
+
+def test_what_a_failure_says_cannot_move_the_terminal():
+    with pytest.raises(AgentError) as error:
+        parse(json.dumps({"schema": 1, "error": "\x1b[2Jgone\nreally"}))
+    assert str(error.value).isprintable() and "gone" in str(error.value)
 
 
 @pytest.mark.parametrize("stdout", ["", "\n \n"])

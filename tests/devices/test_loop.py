@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import devices.loop
+import devices.sitting
 from comp_edge.correction import Described, Measurable
 from comp_edge.cost import Cost
 from comp_edge.errors import InputError
@@ -26,7 +27,8 @@ from tests.devices.simulated import ANCHOR, SimulatedAgent, SimulatedDevice
 
 @pytest.fixture(scope="module")
 def profile():
-    return make_profile(llava_config(), Machine, blocks=4)
+    made = make_profile(llava_config(), Machine, blocks=4)
+    return made.model_copy(update={"model": made.model.model_copy(update={"name": "llava-digits"})})
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +56,14 @@ def attached(monkeypatch, model):
         assert address == "host"
         yield device
 
-    def write(self, plan, folder):
-        folder.mkdir()
-        (folder / "model.pte").touch()
+    def write(subject, plan, folder, *, layers, methods, form):
+        assert layers is None and subject.config.to_dict() == model.config.to_dict()
         plans.append(plan)
-        return Program(folder / "model.pte", {name: Path("none.bin") for name in machine.ms(plan)})
+        return [Program(folder / "model.pte", {name: Path("none.bin") for name in machine.ms(plan)})]
 
     monkeypatch.setattr(devices.loop, "connect", connect)
-    monkeypatch.setattr(DeviceCost, "write", write)
-    monkeypatch.setattr(devices.loop, "write_anchor", lambda folder, threads, cpus: Job(folder / ANCHOR))
+    monkeypatch.setattr(devices.sitting, "write_programs", write)
+    monkeypatch.setattr(devices.sitting, "write_anchor", lambda folder, **options: Job(folder / ANCHOR))
     return device
 
 

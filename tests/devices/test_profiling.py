@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import devices.profiling
+import devices.sitting
 from devices.agent.protocol import Job
 from devices.errors import DeviceError, DeviceGone
 from devices.latency import LatencyModel
@@ -25,15 +25,16 @@ def lowered(monkeypatch):
     """Lowering, which takes seconds, replaced: an empty program whose folder says which point it is."""
     found = []
 
-    def write_program(subject, plan, folder, *, layers=None, methods=()):
+    def write_programs(subject, plan, folder, *, layers=None, methods=(), form):
         folder.mkdir()
-        (folder / "model.pte").touch()
-        found.append(folder.name)
+        name = next(point.id for point in choose_points(subject) if point.plan == plan and point.methods == methods)
+        (folder / name).touch()
+        found.append(name)
         names = methods or ("image_encoder", "text_encoder")
-        return Program(folder / "model.pte", {name: folder / f"{name}.bin" for name in names})
+        return [Program(folder / name, {method: folder / f"{method}.bin" for method in names})]
 
-    monkeypatch.setattr(devices.profiling, "write_program", write_program)
-    monkeypatch.setattr(devices.profiling, "write_anchor", lambda folder, threads, cpus: Job(folder / ANCHOR))
+    monkeypatch.setattr(devices.sitting, "write_programs", write_programs)
+    monkeypatch.setattr(devices.sitting, "write_anchor", lambda folder, **options: Job(folder / ANCHOR))
     return found
 
 
@@ -61,7 +62,7 @@ def test_a_device_that_goes_away_leaves_what_was_measured_and_the_rest_follows(s
     out = tmp_path / "profile.json"
 
     def fails(job):
-        if job.program.parent.name == "language-1":
+        if job.program.name == "language-1":
             raise DeviceGone("unplugged")
 
     with pytest.raises(DeviceGone, match="unplugged"):

@@ -198,7 +198,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_method_as_onnx(mixed):
     x, ids = agent_programs.mixed_inputs()
     check_onnx(mixed.path, *stateless(agent_programs.mixed(), (x, ids)))
-    assert mixed.inputs["forward"].read_bytes() == agent_programs.raw((x, ids.int()))
+    assert mixed.inputs.read_bytes() == agent_programs.raw((x, ids.int()))
     assert read_inputs(mixed.path) == [Input("input_0", x.nbytes, True), Input("input_1", ids.nbytes // 2, False)]
 
 
@@ -228,13 +228,13 @@ def test_deployed_methods_as_onnx(tmp_path):
     from comp_edge.surgery import apply_plan
     from devices.depth import with_layers
     from devices.points import choose_points
-    from devices.programs import Subject, _methods
+    from devices.programs import Subject, deployed_methods
 
     subject = Subject.of("random:smolvlm-256m")
     point = [point for point in choose_points(subject) if point.kind == "block"][-1]
     model = random_model(with_layers(subject.config, point.layers), seed=0).requires_grad_(False)
     apply_plan(model, point.plan)
-    methods = _methods(model, point.plan, subject)
+    methods = deployed_methods(model, point.plan, subject)
     assert {"vision_encoder", "decode"} <= methods.keys()
     for name in ("vision_encoder", "decode"):
         method = methods[name]
@@ -284,7 +284,7 @@ def trtexec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trtexec
 
 @pytest.mark.slow
 def test_the_whole_way(trtexec, mixed, monkeypatch):
-    job = Job(mixed.path, inputs=mixed.inputs["forward"], iterations=5, cpus=(0,))
+    job = Job(mixed.path, inputs=mixed.inputs, iterations=5, cpus=(0,))
     answer = trtexec.run(job, timeout=TIMEOUT)
     assert (answer.agent, answer.runtime, answer.method) == ("trtexec", "TensorRT 10.3.0", "forward")
     assert len(answer.wall_ms) >= 5 and 0 < sum(answer.wall_ms) <= answer.total_ms * 1.05 + 1

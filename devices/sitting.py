@@ -1,0 +1,103 @@
+"""A sitting: programs lowered and timed one after the other on one device, by one agent, beside one anchor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from comp_edge.plan import Plan
+from devices.agent.protocol import Answer, Job
+from devices.anchor import write_anchor
+from devices.device import Device
+from devices.measuring import Drift, Preset, Stopwatch, measure, run_job
+from devices.profiles import Measurement
+from devices.programs import Program, Subject, write_programs
+
+
+@dataclass
+class Sitting:
+    """See `sit`.
+
+    Attributes:
+        agent: counts the seconds that it is at work.
+        first: what the agent said of the anchor at the beginning.
+        form: of the programs that it times, see `devices.programs.write_programs`.
+        drift: what the anchor takes, known better and better.
+    """
+
+    agent: Stopwatch
+    anchor: Job
+    first: Answer
+    form: str
+    preset: Preset
+    folder: Path
+    drift: Drift = field(default_factory=Drift)
+
+    def time(
+        self,
+        subject: Subject,
+        plan: Plan,
+        *,
+        layers: Mapping[str, int] | None = None,
+        methods: Sequence[str] = (),
+        lowered: Callable[[], None] = lambda: None,
+        progress: Callable[[str], None] = lambda method: None,
+    ) -> dict[str, Measurement]:
+        """Lower a plan and time its methods in turns; nothing of it is left behind, here or on the device.
+
+        Args:
+            layers, methods: see `devices.programs.write_programs`.
+            lowered: called when the programs are there.
+            progress: called before each run of a method.
+
+        Raises:
+            DeviceError: a program does not run there, or the device has gone.
+            InputError: the plan has no deployment form.
+        """
+        folder = self.folder / "programs"
+        try:
+            programs = write_programs(subject, plan, folder, layers=layers, methods=methods, form=self.form)
+            lowered()
+            return self._of_programs(programs, progress)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def measure(
+        self, jobs: Mapping[str, Job], progress: Callable[[str], None] = lambda job: None
+    ) -> dict[str, Measurement]:
+        """Time jobs in turns, see `devices.measuring.measure`."""
+        return measure(self.agent, jobs, anchor=self.anchor, preset=self.preset, drift=self.drift, progress=progress)
+
+    def _of_programs(self, programs: Sequence[Program], progress: Callable[[str], None]) -> dict[str, Measurement]:
+        jobs = {
+            method: replace(self.anchor, program=program.path, method=method, inputs=inputs)
+            for program in programs
+            for method, inputs in program.inputs.items()
+        }
+        try:
+            return self.measure(jobs, progress)
+        finally:
+            for program in programs:
+                self.agent.forget(program.path)
+
+
+@contextmanager
+def sit(
+    device: Device, *, preset: Preset, agent: str = "native", threads: int = 1, cpus: tuple[int, ...] = ()
+) -> Iterator[Sitting]:
+    """Begin to time programs on a device.
+
+    Args:
+        agent: see `devices.agent.AGENTS`.
+
+    Raises:
+        DeviceError: the device cannot be reached, or the agent does not run there.
+    """
+    with device.agent(agent) as installed, TemporaryDirectory(prefix="comp-edge.") as folder:
+        watched = Stopwatch(installed)
+        anchor = write_anchor(Path(folder), form=installed.form, threads=threads, cpus=cpus)
+        yield Sitting(watched, anchor, run_job(watched, anchor), installed.form, preset, Path(folder))
