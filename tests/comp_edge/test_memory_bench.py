@@ -19,7 +19,7 @@ def test_a_pass_needs_little_more_than_fine_tuning(strategy: str) -> None:
         progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert told == [(1, 1)] and found["strategy"] == strategy
-    assert 2e8 < found["plain"]["bytes"] < 2e9 and found["prune"]["seconds"] > found["plain"]["seconds"] > 0
+    assert 2e8 < found["plain"]["bytes"] < 2e9 and found["plain"]["seconds"] > 0
     assert found["ratio"] == found["prune"]["bytes"] / found["plain"]["bytes"] <= MOST
 
 
