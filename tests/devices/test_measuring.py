@@ -48,6 +48,16 @@ def test_a_device_that_never_settles_is_measured_all_the_same_and_says_so():
     assert not found["fast"].settled and len(found["fast"].rounds) == 3 and found["fast"].rejected == 4
 
 
+def test_patience_waits_for_a_quiet_moment():
+    # After a first quiet round the machine is busy for thirteen others, of which each takes half a second of measuring.
+    agent = SimulatedAgent(
+        lambda job, number: 1.5 if 2 <= number < 28 else 1.0, anchor=lambda number: 15.0 if 1 < number <= 13 else 10.0
+    )
+    patient = Preset("patient", rounds=3, iterations=4, min_seconds=0.25, patience=10.0)
+    found = take(agent, patient)
+    assert found["fast"].settled and found["fast"].steady == 1.0 and found["fast"].rejected == 13
+
+
 def test_the_anchors_usual_time_outlives_a_measurement():
     drift = Drift()
     take(SimulatedAgent(lambda job, number: 1.0), drift=drift)
