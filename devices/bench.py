@@ -19,6 +19,7 @@ from comp_edge.plan import Plan
 from devices.device import Device, connect
 from devices.errors import DeviceError
 from devices.latency import LatencyModel, accuracy
+from devices.loop import request_ms
 from devices.measuring import PRESETS
 from devices.pictures import latency_png
 from devices.points import held_out_plans
@@ -181,12 +182,6 @@ def _one(
         for plan, timing in zip(plans, timings, strict=True)
     ]
     return model, rows, dense
-
-
-def request_ms(model: LatencyModel, plan: Plan, timing: dict[str, Measurement]) -> float:
-    """Milliseconds of a request whose methods were measured."""
-    calls = model.program.calls(plan, model.decode_tokens)
-    return sum(count * timing[method].steady for method, count in calls.items() if count and method in timing)
 
 
 def _dense(measured: Profile, model: LatencyModel) -> tuple[Plan, float]:

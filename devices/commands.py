@@ -290,7 +290,7 @@ def _print_accuracy(report: dict[str, Any]) -> None:
 
     table = Table("left out one by one", "n", "mean error", "within 10 %", "in proportion to MACs")
     plain = report["macs_proportional"]
-    rows = {**{name: (found, plain["methods"][name]) for name, found in report["methods"].items()}}
+    rows = {name: (found, plain["methods"][name]) for name, found in report["methods"].items()}
     rows["whole request"] = (report["whole"], plain["whole"])
     for name, (ours, theirs) in rows.items():
         if ours["mape"] is not None:

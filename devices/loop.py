@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -69,8 +69,7 @@ class DeviceCost:
         if found is None:
             self.attached = False
             return None
-        calls = self.model.program.calls(plan, self.model.decode_tokens)
-        took = sum(count * found[method].steady for method, count in calls.items() if count and method in found)
+        took = request_ms(self.model, plan, found)
         self.measured.append(
             {
                 "ms": took,
@@ -135,9 +134,15 @@ def cost_of(profile: str, *, model: Any, decode_tokens: int, attached: bool) -> 
     with _input_errors():
         cost = DeviceCost(profile, decode_tokens=decode_tokens, attached=attached)
     record = cost.model.profile.model
-    if Program.of(record).shapes != Program(model, room=record.new_tokens).shapes:
+    if cost.model.program.shapes != Program(model, room=record.new_tokens).shapes:
         raise InputError(f"profile {profile!r} is of {record.name!r}, whose layers have other sizes than the model's.")
     return cost
+
+
+def request_ms(model: LatencyModel, plan: Plan, timing: Mapping[str, Measurement]) -> float:
+    """Milliseconds of a request whose methods were measured."""
+    calls = model.program.calls(plan, model.decode_tokens)
+    return sum(count * timing[method].steady for method, count in calls.items() if count and method in timing)
 
 
 @contextmanager

@@ -75,8 +75,7 @@ def balanced_plan(subject: Subject, model: Any, keep: float, generator: np.rando
     Every sub-layer and drop point has a random rate r and keeps exp(-r x) of what it has; x is what meets the share.
     """
     dense, cost = subject.dense(model), MacsCost(model)
-    views = {name: view for name, view in family_of(model).streams(model).items()}
-    rates = {name: _Rates.draw(view, generator) for name, view in views.items()}
+    rates = {name: _Rates.draw(view, generator) for name, view in family_of(model).streams(model).items()}
     total = cost.predict(dense)
 
     def plan_at(x: float) -> Plan:

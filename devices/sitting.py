@@ -44,14 +44,12 @@ class Sitting:
         *,
         layers: Mapping[str, int] | None = None,
         methods: Sequence[str] = (),
-        lowered: Callable[[], None] = lambda: None,
         progress: Callable[[str], None] = lambda method: None,
     ) -> dict[str, Measurement]:
         """Lower a plan and time its methods in turns; nothing of it is left behind, here or on the device.
 
         Args:
             layers, methods: see `devices.programs.write_programs`.
-            lowered: called when the programs are there.
             progress: called before each run of a method.
 
         Raises:
@@ -61,7 +59,6 @@ class Sitting:
         folder = self.folder / "programs"
         try:
             programs = write_programs(subject, plan, folder, layers=layers, methods=methods, form=self.form)
-            lowered()
             return self._of_programs(programs, progress)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
