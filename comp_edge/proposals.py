@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -211,6 +212,8 @@ class Proposer:
         in a row rise together, because each drop may cost something, and then alone.
         """
         price = self.price(self._lowered(state, counts)) + FREE
+        # Never rising, or a layer that rises alone would take the next one with it.
+        counts = {stream: list(accumulate(most, min)) for stream, most in counts.items()}
         for stream in counts:
             for point in self.streams[stream].drop_points:
                 now = self._lowered(state, counts).tokens[stream]

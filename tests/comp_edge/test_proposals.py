@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from comp_edge.calibrate import TokenStatistics
@@ -320,6 +320,7 @@ def check_edges(proposer: Proposer, before: State, after: State) -> None:
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps, drop=st.sampled_from([0.0, 2e3]))
+@example(steps=[("vision_tokens", 0.25, 13, 0)], drop=0.0)  # thresholds that rise from one layer to the next
 def test_on_a_staircase_counts_lie_on_edges(model, steps, drop):
     proposer = make_proposer(model, cost=Tiled(model, drop=drop), share=0.6, min_tokens=2)
     state = State.of(model, prompt_tokens=PROMPT, base="tiny")
