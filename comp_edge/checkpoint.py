@@ -270,6 +270,17 @@ def is_pruned(ref: str | Path) -> bool:
         return False
 
 
+def check_dense(ref: str | Path) -> None:
+    """Check that a reference is one of a dense model, before a command that prunes it itself does anything.
+
+    Raises:
+        InputError: there is no such model, or it is pruned already.
+    """
+    resolve(ref)
+    if is_pruned(ref):
+        raise InputError(f"{str(ref)!r} is pruned already; give a dense model, this command prunes it itself.")
+
+
 def load_any(ref: str | Path, *, dtype: torch.dtype | None = None) -> Any:
     """A dense model or a pruned one, by name, folder or hub id (see `load_dense` and `load_pretrained`).
 

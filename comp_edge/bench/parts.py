@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comp_edge.bench.method.pool import Failure, Job, run_jobs
-from comp_edge.checkpoint import is_pruned, resolve
+from comp_edge.checkpoint import check_dense
 from comp_edge.errors import InputError
 from comp_edge.files import read_json, write_json
 
@@ -119,9 +119,7 @@ def dense_model(name: str, seed: int, given: Path | None) -> str:
             found = own
         elif seed != 0:
             raise InputError(f"dense model {str(own)!r} does not exist; --dense must hold every seed's.")
-    resolve(found)
-    if is_pruned(found):
-        raise InputError(f"{str(found)!r} is pruned already; give a dense model, this command prunes it itself.")
+    check_dense(found)
     return str(found)
 
 

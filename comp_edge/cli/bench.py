@@ -70,14 +70,11 @@ transformers, each in a process of its own, in turns; every weight is touched.
 
 
 def _run(arguments: Any, measure: Any, models: tuple[str, ...]) -> None:
-    from comp_edge.checkpoint import is_pruned, resolve
-    from comp_edge.errors import InputError
+    from comp_edge.checkpoint import check_dense
 
     names = arguments.models or list(models)
     for name in names:
-        resolve(name)
-        if is_pruned(name):
-            raise InputError(f"{name!r} is pruned already; give a dense model, this command prunes it itself.")
+        check_dense(name)
     results = []
     for name in names:
         with common.progress_bar(name) as update:

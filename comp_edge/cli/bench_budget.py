@@ -41,16 +41,13 @@ def add(kinds: Any) -> None:
 
 def run(arguments: Any) -> None:
     """Measure, report."""
-    from comp_edge.checkpoint import is_pruned, resolve
-    from comp_edge.errors import InputError
+    from comp_edge.checkpoint import check_dense
     from comp_edge.files import check_writable
     from comp_edge.plugins import plugin
     from comp_edge.tasks import task_class
 
-    resolve(arguments.model)
+    check_dense(arguments.model)
     task_class(arguments.task)
-    if is_pruned(arguments.model):
-        raise InputError(f"{arguments.model!r} is pruned already; give a dense model, this command prunes it itself.")
     out = arguments.out or Path("bench-budget-quick" if arguments.quick else "bench-budget")
     check_writable(out)
     with common.progress_bar("bench budget") as update:

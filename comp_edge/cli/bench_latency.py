@@ -41,15 +41,12 @@ def add(kinds: Any) -> None:
 
 def run(arguments: Any) -> None:
     """Measure, report."""
-    from comp_edge.checkpoint import is_pruned, resolve
-    from comp_edge.errors import InputError
+    from comp_edge.checkpoint import check_dense
     from comp_edge.files import check_writable
     from comp_edge.plugins import plugin
 
     for name in arguments.models:
-        resolve(name)
-        if is_pruned(name):
-            raise InputError(f"{name!r} is pruned already; give a dense model, this command prunes it itself.")
+        check_dense(name)
     out = arguments.out or Path("bench-latency-quick" if arguments.quick else "bench-latency")
     check_writable(out)
     with common.progress_bar("bench latency") as update:
