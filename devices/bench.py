@@ -20,6 +20,7 @@ from devices.device import Device, connect
 from devices.errors import DeviceError
 from devices.latency import LatencyModel, accuracy
 from devices.loop import request_ms
+from devices.lowering import Wanted
 from devices.measuring import PRESETS
 from devices.pictures import latency_png
 from devices.points import held_out_plans
@@ -57,6 +58,7 @@ def run(
     device: str = "host",
     plans: int | None = None,
     threads: int = 1,
+    jobs: int = 1,
     quick: bool = False,
     on_progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:
@@ -65,6 +67,7 @@ def run(
     Args:
         models: dense ones; by default CLIP ViT-B/16 and the SmolVLM-256M shape (`quick`: clip-digits).
         plans: that are predicted, for each model.
+        jobs: processes that lower programs; see `devices.profiling.profile`.
 
     Raises:
         InputError: a model or the device cannot be used.
@@ -80,7 +83,7 @@ def run(
                     on_progress(index * total + done, len(names) * total, f"{name}: {text}")
 
                 folder = out / name.replace(":", "-").replace("/", "-")
-                results[name] = _one(name, folder, connected, count=count, threads=threads, on_progress=tell)
+                results[name] = _one(name, folder, connected, count=count, threads=threads, jobs=jobs, on_progress=tell)
     except DeviceError as error:
         raise InputError(str(error)) from None
     summary = summarize(results)
@@ -148,7 +151,7 @@ def _errors(rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
 
 
 def _one(
-    name: str, folder: Path, device: Device, *, count: int, threads: int, on_progress: Progress
+    name: str, folder: Path, device: Device, *, count: int, threads: int, jobs: int, on_progress: Progress
 ) -> tuple[LatencyModel, list[Compared], float]:
     """Profile a model, measure plans, predict them; also the milliseconds of the dense model."""
     subject = Subject.of(name)
@@ -156,7 +159,8 @@ def _one(
     def profiling(done: int, total: int, text: str) -> None:
         on_progress(done, total + count, f"profile: {text}")
 
-    measured = profile(device, subject, out=folder / PROFILE_FILE, threads=threads, on_progress=profiling)
+    options = {"threads": threads, "jobs": jobs}
+    measured = profile(device, subject, out=folder / PROFILE_FILE, **options, on_progress=profiling)
     points = len(measured.points)
     model = LatencyModel.fit(measured)
     if "decode" in model.fits and model.program.kind == "generative":
@@ -166,7 +170,7 @@ def _one(
     def comparing(done: int, text: str) -> None:
         on_progress(points + done, points + count, text)
 
-    timings = _timed(subject, plans, folder / PLANS, device, threads=threads, on_progress=comparing)
+    timings = _timed(subject, plans, folder / PLANS, device, **options, on_progress=comparing)
     cost = MacsCost(subject.shallow(None), decode_tokens=model.decode_tokens)
     dense_plan, dense = _dense(measured, model)
     rate = dense / cost.predict(dense_plan)
@@ -198,6 +202,7 @@ def _timed(
     device: Device,
     *,
     threads: int,
+    jobs: int,
     on_progress: Callable[[int, str], None],
 ) -> list[dict[str, Measurement]]:
     """Measurements of plans by method; those that an earlier run took are read.
@@ -209,9 +214,16 @@ def _timed(
     missing = [index for index in range(len(plans)) if not _file(folder, index).is_file()]
     if missing:
         with sit(device, preset=PRESETS["quick"], threads=threads) as sitting:
-            for done, index in enumerate(missing, len(plans) - len(missing)):
-                on_progress(done, f"lower and measure plan {index + 1} of {len(plans)}")
-                timing = sitting.time(subject, plans[index])
+
+            def progress(number: int, text: str) -> None:
+                on_progress(
+                    len(plans) - len(missing) + number,
+                    f"plan {missing[number] + 1}: {text}" if number < len(missing) else "done",
+                )
+
+            wanted = [Wanted(plans[index]) for index in missing]
+            timings = sitting.time_each(subject, wanted, jobs=jobs, progress=progress)
+            for index, timing in zip(missing, timings, strict=True):
                 record = {
                     "plan": plans[index].to_json(),
                     "methods": {method: one.model_dump(mode="json") for method, one in timing.items()},

@@ -204,6 +204,9 @@ class ProfileCommand:
             help="room for the answer, for models that generate (default: %(default)s)",
         )  # fmt: skip
         parser.add_argument("--resume", action="store_true", help="go on with the profile that is there")
+        parser.add_argument(
+            "--jobs", type=common.count, default=common.LOWERING_JOBS, metavar="N", help=common.LOWERING_HELP
+        )
         _measuring(parser)
 
     @staticmethod
@@ -226,6 +229,7 @@ class ProfileCommand:
                 prompt_tokens=arguments.prompt_tokens,
                 new_tokens=arguments.max_new_tokens,
                 set_clocks=arguments.set_clocks,
+                jobs=arguments.jobs,
                 on_progress=update,
             )
         report = LatencyModel.fit(found).report()

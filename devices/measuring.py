@@ -10,8 +10,12 @@ from pathlib import Path
 from devices.agent.protocol import Agent, Answer, Job
 from devices.errors import DeviceError
 from devices.profiles import Measurement
+from devices.timing import percentile
 
 DRIFT = 0.05  # of the anchor's fastest call against the usual one: a round that drifts more is repeated
+AGREEING = (
+    3  # as many of the fastest rounds have to lie within `DRIFT`: a short disturbance between two anchors slows a round
+)
 SLOW_CALL = 60.0  # seconds that a single call may take at most
 STARTING = 120.0  # seconds that loading a program may take
 
@@ -25,7 +29,7 @@ class Preset:
         iterations: calls of a turn, at least;
         min_seconds: and a turn goes on for at least so long.
         samples, seconds: further rounds are taken until a subject has so many samples, or has run for so long.
-        patience: seconds that disturbed rounds may take before the quietest of them have to do.
+        patience: seconds that disturbed rounds, and those that are to find agreement, may take before what there is has to do.
     """
 
     name: str
@@ -39,7 +43,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset("quick", rounds=3, iterations=2, min_seconds=0.25, patience=10.0),
+    "quick": Preset("quick", rounds=5, iterations=2, min_seconds=0.15, patience=10.0),
     # MLPerf Mobile's single stream: at least 1,024 samples and at least a minute; the 90th percentile counts.
     "report": Preset(
         "report", rounds=10, iterations=16, min_seconds=1.0, warmup=3, samples=1024, seconds=60.0, patience=120.0
@@ -49,15 +53,15 @@ PRESETS = {
 
 @dataclass
 class Drift:
-    """What the anchor takes when nothing disturbs it: the second fastest that was seen. Nothing makes a device faster than it
-    is, but a single run may be lucky; and a machine that others share may be slow most of the time."""
+    """What the anchor takes when nothing disturbs it: the lower quartile of what was seen. A machine that others share may be
+    slow most of the time; and a process may be lucky with the memory that it gets, so that the fastest says little."""
 
     seen: list[float] = field(default_factory=list)
 
     def disturbed(self, before: float, after: float) -> bool:
         """Whether a round between two anchors was disturbed; takes note of both."""
         self.seen += [before, after]
-        return max(before, after) > sorted(self.seen)[1] * (1 + DRIFT)
+        return max(before, after) > percentile(sorted(self.seen), 25) * (1 + DRIFT)
 
 
 @dataclass
@@ -68,6 +72,12 @@ class _Turns:
     disturbed: list[tuple[tuple[float, ...], float]] = field(default_factory=list)
     first: Answer | None = None
     peak: int = 0
+
+    @property
+    def agree(self) -> bool:
+        """Whether the fastest rounds are about equally fast."""
+        fastest = sorted(min(samples) for samples, _ in self.rounds)[:AGREEING]
+        return fastest[-1] <= fastest[0] * (1 + DRIFT)
 
     def measurement(self, rejected: int, settled: bool) -> Measurement:
         return Measurement(
@@ -92,9 +102,9 @@ def measure(
 ) -> dict[str, Measurement]:
     """Time jobs in turns: in each round every job once, between two runs of the anchor.
 
-    A round whose anchor drifted by more than 5 % is repeated, as often as there are rounds, and more often while the preset
-    has patience; when even then there are not enough quiet ones, the quietest of the disturbed ones count and the measurement
-    says that it is not settled.
+    A round whose anchor drifted by more than 5 % is repeated, and further ones are taken until of every job the three fastest
+    lie within 5 %: both as often as there are rounds, and more often while the preset has patience. When even then there are
+    not enough quiet ones, the quietest of the disturbed ones count, too; the measurement says that it is not settled.
 
     Args:
         jobs: by name; how long they run is the preset's to say.
@@ -104,7 +114,7 @@ def measure(
         DeviceError: a job failed, or the device has gone.
     """
     turns = {name: _Turns() for name in jobs}
-    rejected, wanted, spent = 0, preset.rounds, 0.0
+    rejected, wanted, spent = 0, preset.rounds, 0.0  # seconds beyond what a quiet device would need
     before = _anchor(agent, anchor)
     while True:
         taken: dict[str, Answer] = {}
@@ -119,14 +129,15 @@ def measure(
             found.peak = max(found.peak, answer.peak_rss_kb or 0)
             (found.disturbed if disturbed else found.rounds).append((answer.wall_ms, max(before, after)))
         before = after
+        rejected += disturbed
         quiet = len(next(iter(turns.values())).rounds)
-        if quiet >= wanted and all(_enough(found, preset) for found in turns.values()):
+        complete = quiet >= wanted and all(_enough(found, preset) for found in turns.values())
+        if complete and all(found.agree for found in turns.values()):
             return {name: found.measurement(rejected, True) for name, found in turns.items()}
-        if disturbed:
-            rejected += 1
+        if disturbed or complete:
             spent += sum(answer.total_ms for answer in taken.values()) / 1000
-            if rejected > max(wanted, quiet) and spent >= preset.patience:
-                return {name: _quietest(found, wanted).measurement(rejected, False) for name, found in turns.items()}
+        if spent >= preset.patience and (rejected > max(wanted, quiet) or (complete and quiet >= 2 * wanted)):
+            return {name: _quietest(found, wanted).measurement(rejected, False) for name, found in turns.items()}
 
 
 def run_job(agent: Agent, job: Job) -> Answer:

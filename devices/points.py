@@ -17,6 +17,7 @@ from comp_edge.cost import MacsCost
 from comp_edge.families import family_of
 from comp_edge.families.base import StreamView
 from comp_edge.plan import LayerPlan, Plan, stream_plan
+from devices.lowering import Wanted
 from devices.programs import Subject
 from export.encoder_methods import kind_of
 
@@ -44,6 +45,11 @@ class PointSpec:
     layers: dict[str, int]
     plan: Plan
     methods: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> Wanted:
+        """What to lower."""
+        return Wanted(self.plan, self.layers if self.kind == "block" else None, self.methods)
 
 
 def choose_points(subject: Subject, *, seed: int = SEED) -> list[PointSpec]:

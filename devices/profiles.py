@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-import math
+import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,8 +49,8 @@ class Measurement(Strict):
 
     @property
     def steady(self) -> float:
-        """The median over rounds of a round's fastest call: what a call takes when nothing interrupts it."""
-        return percentile(sorted(min(samples) for samples in self.rounds), 50)
+        """The fastest call of the second fastest round: what a call takes when nothing slows it, without the luck of one."""
+        return self._fastest[:2][-1]
 
     def percentile(self, percent: float) -> float:
         """Nearest rank, over all counted samples."""
@@ -58,12 +58,15 @@ class Measurement(Strict):
 
     @property
     def noise(self) -> float:
-        """Relative spread of the rounds' fastest calls (standard deviation over mean); 0 for one round."""
-        fastest = [min(samples) for samples in self.rounds]
-        mean = sum(fastest) / len(fastest)
-        if len(fastest) < 2 or not mean:
-            return 0.0
-        return math.sqrt(sum((value - mean) ** 2 for value in fastest) / (len(fastest) - 1)) / mean
+        """Relative spread of the fastest calls of the faster half of the rounds (standard deviation over mean); 0 for one."""
+        fastest = self._fastest[: len(self.rounds) // 2 + 1]
+        mean = statistics.mean(fastest)
+        return statistics.stdev(fastest) / mean if len(fastest) > 1 and mean else 0.0
+
+    @property
+    def _fastest(self) -> list[float]:
+        """Every round's fastest call, ascending."""
+        return sorted(min(samples) for samples in self.rounds)
 
 
 class Point(Strict):

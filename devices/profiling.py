@@ -36,6 +36,7 @@ def profile(
     prompt_tokens: int | None = None,
     new_tokens: int = NEW_TOKENS,
     set_clocks: bool = False,
+    jobs: int = 1,
     points: list[PointSpec] | None = None,
     on_progress: Progress = lambda done, total, text: None,
 ) -> Profile:
@@ -52,6 +53,8 @@ def profile(
         threads: of the runtime; `cpus` are the cores that it is bound to.
         prompt_tokens: text tokens of a request's prompt, and `new_tokens`: room for the answer.
         set_clocks: fix the device's clocks while it is measured; they are put back afterwards.
+        jobs: processes that lower programs; all of them rest while one is timed. With more than one, a script needs the usual
+            `if __name__ == "__main__":`.
         points: what to measure instead of what `devices.points` chooses.
 
     Raises:
@@ -63,7 +66,7 @@ def profile(
         with connect(device) as connected:
             return profile(
                 connected, model, out=out, preset=preset, agent=agent, threads=threads, cpus=cpus, prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens, set_clocks=set_clocks, points=points, on_progress=on_progress,
+                new_tokens=new_tokens, set_clocks=set_clocks, jobs=jobs, points=points, on_progress=on_progress,
             )  # fmt: skip
     chosen = preset_named(preset)
     if out is not None:
@@ -86,7 +89,7 @@ def profile(
         )
         session = _Session(_begin(out, device.info(), model.record, settings), out, device, sitting)
         with fixed_clocks(device.transport, device.kind) if set_clocks else nullcontext():
-            session.run(model, points, on_progress)
+            session.run(model, points, jobs, on_progress)
     return session.profile
 
 
@@ -132,19 +135,17 @@ class _Session:
         self.profile, self.out, self.device, self.sitting = begun, out, device, sitting
         self.before = begun.seconds  # of earlier runs
 
-    def run(self, model: Subject, points: list[PointSpec], on_progress: Progress) -> None:
+    def run(self, model: Subject, points: list[PointSpec], jobs: int, on_progress: Progress) -> None:
         done = {point.id for point in self.profile.points}
         missing = [point for point in points if point.id not in done]
         self._note("begin")
-        for number, spec in enumerate(missing, len(points) - len(missing)):
-            on_progress(number, len(points), f"lower {spec.id}")
-            found = self.sitting.time(
-                model,
-                spec.plan,
-                layers=spec.layers if spec.kind == "block" else None,
-                methods=spec.methods,
-                progress=lambda method, at=number, id=spec.id: on_progress(at, len(points), f"measure {id} {method}"),
-            )
+
+        def progress(index: int, text: str) -> None:
+            if index < len(missing):
+                on_progress(len(points) - len(missing) + index, len(points), f"{missing[index].id}: {text}")
+
+        timings = self.sitting.time_each(model, [spec.wanted for spec in missing], jobs=jobs, progress=progress)
+        for spec, found in zip(missing, timings, strict=True):
             point = Point(id=spec.id, kind=spec.kind, layers=spec.layers, plan=spec.plan.to_json(), methods=found)
             self.profile = self.profile.model_copy(update={"points": (*self.profile.points, point)})
             self._note(f"after {spec.id}")

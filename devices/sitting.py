@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,9 +12,10 @@ from comp_edge.plan import Plan
 from devices.agent.protocol import Answer, Job
 from devices.anchor import write_anchor
 from devices.device import Device
+from devices.lowering import Wanted, lowered_ahead
 from devices.measuring import Drift, Preset, Stopwatch, measure, run_job
 from devices.profiles import Measurement
-from devices.programs import Program, Subject, write_programs
+from devices.programs import Program, Subject
 
 
 @dataclass
@@ -37,31 +37,34 @@ class Sitting:
     folder: Path
     drift: Drift = field(default_factory=Drift)
 
-    def time(
+    def time(self, subject: Subject, plan: Plan) -> dict[str, Measurement]:
+        """Lower a plan and time its methods, see `time_each`."""
+        (found,) = self.time_each(subject, [Wanted(plan)])
+        return found
+
+    def time_each(
         self,
         subject: Subject,
-        plan: Plan,
+        wanted: Sequence[Wanted],
         *,
-        layers: Mapping[str, int] | None = None,
-        methods: Sequence[str] = (),
-        progress: Callable[[str], None] = lambda method: None,
-    ) -> dict[str, Measurement]:
-        """Lower a plan and time its methods in turns; nothing of it is left behind, here or on the device.
+        jobs: int = 1,
+        progress: Callable[[int, str], None] = lambda index, text: None,
+    ) -> Iterator[dict[str, Measurement]]:
+        """Lower one plan after the other and time its methods in turns; nothing is left behind, here or on the device.
 
         Args:
-            layers, methods: see `devices.programs.write_programs`.
-            progress: called before each run of a method.
+            jobs: processes that lower; all of them rest while something is timed.
+            progress: which plan it is, and what is done with it.
 
         Raises:
             DeviceError: a program does not run there, or the device has gone.
-            InputError: the plan has no deployment form.
+            InputError: a plan has no deployment form.
         """
-        folder = self.folder / "programs"
-        try:
-            programs = write_programs(subject, plan, folder, layers=layers, methods=methods, form=self.form)
-            return self._of_programs(programs, progress)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        progress(0, "lower")
+        with lowered_ahead(subject, wanted, self.folder, form=self.form, jobs=jobs) as each:
+            for index, programs in enumerate(each):
+                yield self._of_programs(programs, lambda method, at=index: progress(at, f"measure {method}"))
+                progress(index + 1, "lower")
 
     def measure(
         self, jobs: Mapping[str, Job], progress: Callable[[str], None] = lambda job: None

@@ -34,6 +34,9 @@ def add(kinds: Any) -> None:
     )
     parser.add_argument("--plans", type=common.count, metavar="N", help="plans to predict, for each model")
     parser.add_argument("--threads", type=common.count, default=1, metavar="N", help="of the runtime (default: 1)")
+    parser.add_argument(
+        "--jobs", type=common.count, default=common.LOWERING_JOBS, metavar="N", help=common.LOWERING_HELP
+    )
     parser.add_argument("--quick", action="store_true", help="one small model, few plans")
     parser.add_argument("--json", action="store_true", help="print results.json on stdout")
     parser.set_defaults(run=run)
@@ -56,6 +59,7 @@ def run(arguments: Any) -> None:
             device=arguments.device,
             plans=arguments.plans,
             threads=arguments.threads,
+            jobs=arguments.jobs,
             quick=arguments.quick,
             on_progress=update,
         )

@@ -17,6 +17,8 @@ from comp_edge.errors import InputError
 BAD_INPUT = 2
 INTERRUPTED = 130
 MODEL_HELP = "a reference model, a folder (dense or pruned), a hub id, or random:SHAPE (see comp-edge inspect --list)"
+LOWERING_JOBS = min(2, os.cpu_count() or 1)  # each needs a few times the memory of the model's weights
+LOWERING_HELP = "processes that lower programs (default: %(default)s)"
 TASK_HELP = "digit_vqa, digit_pairs, easy_vqa, synthetic or path/to/file.py:ClassName"
 DTYPES = ("float32", "bfloat16", "float16")
 

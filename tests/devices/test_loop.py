@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import devices.loop
+import devices.lowering
 import devices.sitting
 from comp_edge.correction import Described, Measurable
 from comp_edge.cost import Cost
@@ -62,7 +63,7 @@ def attached(monkeypatch, model):
         return [Program(folder / "model.pte", {name: Path("none.bin") for name in machine.ms(plan)})]
 
     monkeypatch.setattr(devices.loop, "connect", connect)
-    monkeypatch.setattr(devices.sitting, "write_programs", write)
+    monkeypatch.setattr(devices.lowering, "write_programs", write)
     monkeypatch.setattr(devices.sitting, "write_anchor", lambda folder, **options: Job(folder / ANCHOR))
     return device
 

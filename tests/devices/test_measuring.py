@@ -48,13 +48,27 @@ def test_a_device_that_never_settles_is_measured_all_the_same_and_says_so():
     assert not found["fast"].settled and len(found["fast"].rounds) == 3 and found["fast"].rejected == 4
 
 
+def test_a_disturbance_that_no_anchor_sees():
+    # Four rounds of five are slow between anchors that are quick; then all are as the first.
+    agent = SimulatedAgent(lambda job, number: 1.5 if 2 <= number < 10 else 1.0)
+    found = take(agent, Preset("five", rounds=5, iterations=4, min_seconds=0.0))
+    assert found["fast"].settled and found["fast"].steady == 1.0
+    assert len(found["fast"].rounds) == 7, "until three of the fastest agree"
+
+
+def test_calls_that_never_agree():
+    agent = SimulatedAgent(lambda job, number: 1.1**number)
+    found = take(agent)
+    assert not found["fast"].settled and len(found["fast"].rounds) == 6 and found["fast"].rejected == 0
+
+
 def test_patience_waits_for_a_quiet_moment():
-    # After a first quiet round the machine is busy for thirteen others, of which each takes half a second of measuring.
+    # After a first quiet round the machine, which is quiet as a rule, is busy for thirteen others of half a second.
     agent = SimulatedAgent(
         lambda job, number: 1.5 if 2 <= number < 28 else 1.0, anchor=lambda number: 15.0 if 1 < number <= 13 else 10.0
     )
     patient = Preset("patient", rounds=3, iterations=4, min_seconds=0.25, patience=10.0)
-    found = take(agent, patient)
+    found = take(agent, patient, Drift(seen=[10.0] * 20))
     assert found["fast"].settled and found["fast"].steady == 1.0 and found["fast"].rejected == 13
 
 

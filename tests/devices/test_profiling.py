@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import devices.lowering
 import devices.sitting
 from devices.agent.protocol import Job
 from devices.errors import DeviceError, DeviceGone
@@ -33,7 +34,7 @@ def lowered(monkeypatch):
         names = methods or ("image_encoder", "text_encoder")
         return [Program(folder / name, {method: folder / f"{method}.bin" for method in names})]
 
-    monkeypatch.setattr(devices.sitting, "write_programs", write_programs)
+    monkeypatch.setattr(devices.lowering, "write_programs", write_programs)
     monkeypatch.setattr(devices.sitting, "write_anchor", lambda folder, **options: Job(folder / ANCHOR))
     return found
 

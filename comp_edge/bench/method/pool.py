@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +15,7 @@ from typing import Any
 import torch
 
 from comp_edge.errors import InputError
+from comp_edge.workers import begin_worker
 
 REFUSED, FAILED = "refused", "failed"
 TELL_EVERY = 0.25  # seconds
@@ -206,10 +204,7 @@ def _run_apart(board: _Board, count: int, initialize: Any, on_progress: Any, on_
 
 def _serve(connection: Connection, initialize: Callable[[], None]) -> None:
     """A worker: takes jobs, tells their progress as (steps, text), and answers with a failure or None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    initialize()
+    begin_worker(initialize)
     with suppress(EOFError):
         while True:
             job, last = connection.recv(), 0.0
@@ -221,9 +216,3 @@ def _serve(connection: Connection, initialize: Callable[[], None]) -> None:
                     connection.send((done, text))
 
             connection.send(attempt(job, tell))
-
-
-def _die_with_parent() -> None:
-    """A run whose main process was killed must not go on: the next one takes up the same cells."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
