@@ -7,8 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,10 @@ from comp_edge.feasibility import (
 from comp_edge.files import check_writable, whole_folder, write_json, write_text
 from comp_edge.masks import UnitMasks
 from comp_edge.memory import collect_garbage, peak_bytes, reset_peak, return_memory, return_memory_at_once
-from comp_edge.microbatches import check_divisible, micro_batches, unshared
-from comp_edge.optim import Optimizer, load_state, save_state, use_muon, warmup_cosine, with_prefix
-from comp_edge.parallel import ALONE, Processes, launched
+from comp_edge.optim import load_state, save_state, warmup_cosine
+from comp_edge.parallel import ALONE, launched
 from comp_edge.plan import CostRecord, Plan, plan_of
 from comp_edge.proposals import Limits, Proposal, Proposer
-from comp_edge.recomputation import Recomputation
-from comp_edge.recovery import Distillation
 from comp_edge.schedule import attach
 from comp_edge.scouting import ROWS, TRIAL
 from comp_edge.selectors import Setting, apply_state, cut, make_selector
@@ -50,7 +46,7 @@ from comp_edge.state import State
 from comp_edge.strategy import STRATEGIES
 from comp_edge.surgery import apply_plan
 from comp_edge.tasks import Task, take_examples
-from comp_edge.tasks.packing import examples
+from comp_edge.trainer import Trainer
 
 WORK_SUFFIX = ".work"  # the folder beside the output in which a run keeps its checkpoint until it is complete
 STATE_FILE, TRACE_FILE, METRICS_FILE = "state.safetensors", "trace.jsonl", "metrics.json"
@@ -120,10 +116,7 @@ class Session:
         if not self.validation:
             raise InputError(NO_VALIDATION)
         self.macs = MacsCost(model)
-        # Without training there is nothing to learn from a copy of the dense model.
-        self.distillation = (
-            Distillation(model, task, weight=config.distill, hidden=config.distill_hidden) if config.trains else None
-        )
+        self.trainer = Trainer(model, task, config=config, seed=seed, processes=self.processes)
         self.masks = UnitMasks(self.streams)
         self.schedule = attach(model, self.state.tokens)
         self.selector = make_selector(strategy, config, self.modes)
@@ -143,11 +136,11 @@ class Session:
             trial=self._trial,
             trial_steps=round(TRIAL * config.planned_steps),
         )
-        self._check_batches()
-        # Decided once: what is left at the end may be small enough.
-        self.muon = use_muon(model.parameters()) if config.muon is None else config.muon
-        self.optimizer = self._new_optimizer()
-        self.recomputation = Recomputation(model) if config.checkpointing and config.trains else None
+        batch = next(iter(self.setting.calibration), None)
+        if batch is None:
+            raise InputError(NO_TRAINING)
+        self.trainer.check_batch(batch)
+        self.trainer.begin()
         if not config.trains:
             model.requires_grad_(False)
             return_memory_at_once()
@@ -163,29 +156,6 @@ class Session:
         """The predicted cost to come down to, as a fraction of the dense cost."""
         return self.correction.aim / self.dense_cost
 
-    # ---- set-up
-
-    def _check_batches(self) -> None:
-        """Whether there are training batches, and whether they can be cut as the options ask."""
-        batch, parts = next(iter(self.setting.calibration), None), self.config.accumulate * self.processes.count
-        if batch is None:
-            raise InputError(NO_TRAINING)
-        if self.config.trains:
-            check_divisible(self.task, batch, parts)
-        if parts > 1 and self.config.distill_hidden:
-            raise InputError(
-                f"distill_hidden {self.config.distill_hidden} measures errors against the variance of a whole batch, which "
-                "its parts do not see; give 0 with several processes or accumulation."
-            )
-
-    def _own_parts(self, batch: dict[str, Tensor], processes: Processes) -> int:
-        """Into how many parts this process cuts its share of a training batch."""
-        wanted = self.config.accumulate
-        if self.config.distill_hidden or getattr(self.task, "least_examples", 1) > 1:
-            return wanted
-        rows = (examples(batch) or 0) // (wanted * processes.count)
-        return wanted * max(1, min(unshared(self.model, batch), rows))
-
     # ---- stages
 
     def start(self, *, evaluate: bool) -> None:
@@ -193,7 +163,7 @@ class Session:
         self._checkpoint()  # a run that is killed from here on can be resumed
         self.score = self.dense_score = self._score()
         self._check_score()
-        if evaluate and self.distillation is None:  # later there is no copy of it to score
+        if evaluate and self.trainer.distillation is None:  # later there is no copy of it to score
             self.dense_test_score = self._test(self.model)
         self._apply(self.state, self.state, 0.0)
         self._checkpoint()
@@ -299,21 +269,18 @@ class Session:
         started, steps = time.perf_counter(), self.config.steps_in(self.stage)
         losses = []
         self.model.train()
-        with self._batches(self.stage, steps) as batches:
+        with self.trainer.batches(self.stage, steps) as batches:
             for step, batch in enumerate(batches):
                 self._apply(old, new, max(0.0, 1 - (step + 1) / max(1.0, steps * FADE)))
                 factor = min(1.0, (self.stage * self.config.stage_steps + step + 1) / WARMUP)
-                losses.append(self._step(batch, factor, where=f"step {step + 1} of stage {self.stage + 1}"))
+                losses.append(self.trainer.step(batch, factor, where=f"step {step + 1} of stage {self.stage + 1}"))
                 self._tell("prune", step=step + 1)
         self._apply(new, new, 0.0)
         self.seconds["training"] += time.perf_counter() - started
         return sum(losses) / len(losses) if losses else None
 
     def _trial(self, walk: Callable[[Callable[[State, int], None]], float]) -> float:
-        """See `Setting.trial`: in this process alone, since others wait for what it chooses, and before the first stage.
-
-        The weights that are put back are the teacher's.
-        """
+        """See `Setting.trial`: in this process alone, since others wait for what it chooses, and before the first stage."""
         done, total = 0, self.setting.trial_steps
         least = self.config.accumulate * getattr(self.task, "least_examples", 1)
 
@@ -323,45 +290,23 @@ class Session:
             self.model.train()
             for batch in cut(itertools.islice(batches, steps), ROWS, least=least, most=1):
                 factor = warmup_cosine(done, total, warmup=WARMUP)
-                self._step(batch, factor, where=f"step {done + 1} of a way walked for trial", processes=ALONE)
+                self.trainer.step(batch, factor, where=f"step {done + 1} of a way walked for trial", processes=ALONE)
                 done += 1
                 self.tried += 1
                 self._tell("scout", f"way {(self.tried - 1) // total + 1} for trial, step {done} of {total}")
             self.model.eval()
 
-        with self._batches(TRIALS, total) as drawn:
+        with self.trainer.batches(TRIALS, total) as drawn:
             batches = iter(drawn)
             try:
                 return walk(train)
             finally:
                 if done:
-                    self.model.load_state_dict(self.distillation.dense.state_dict())
-                    self.optimizer.load_state_tensors({})
+                    self.trainer.undo()
                 self._apply(self.state, self.state, 0.0)
 
     def _apply(self, old: State, new: State, fade: float) -> None:
         apply_state(self.masks, self.schedule, old, new, fade=fade, cit=self.config.cit)
-
-    def _step(
-        self, batch: dict[str, Tensor], factor: float, *, where: str, processes: Processes | None = None
-    ) -> float:
-        """One optimizer step on a batch of all processes; the task's own loss on it, for the record."""
-        processes, recorded = processes or self.processes, 0.0
-
-        def objectives() -> Iterator[Tensor]:
-            nonlocal recorded
-            each = self._own_parts(batch, processes)
-            parts = micro_batches(self.task, batch, each * processes.count, own=processes.own(each))
-            for weight, part in parts:
-                objective, loss = self.distillation.objective(self.model, part)
-                recorded += weight * loss
-                yield weight * objective
-
-        try:
-            self.optimizer.step_in_parts(objectives(), factor=factor, processes=processes)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}, in {where}") from None
-        return processes.sum(recorded)
 
     # ---- the end
 
@@ -373,26 +318,22 @@ class Session:
         self.model.train()
         while self.tuned < steps:
             started = time.perf_counter()
-            with self._batches(FINE_TUNING + self.tuned // CHUNK, min(CHUNK, steps - self.tuned)) as chunk:
+            with self.trainer.batches(FINE_TUNING + self.tuned // CHUNK, min(CHUNK, steps - self.tuned)) as chunk:
                 for batch in chunk:
                     factor = warmup_cosine(self.tuned, steps, warmup=WARMUP)
-                    self._step(batch, factor, where=f"step {self.tuned + 1} of fine-tuning")
+                    self.trainer.step(batch, factor, where=f"step {self.tuned + 1} of fine-tuning")
                     self.tuned += 1
                     self._tell("fine-tune")
             self.seconds["training"] += time.perf_counter() - started
             self._checkpoint()
-        if self.recomputation is not None:
-            self.recomputation.detach()
+        self.trainer.end()
         self.model.eval()
 
     def _shrink(self) -> None:
         self.masks.detach()
-        if self.recomputation is not None:
-            self.recomputation.detach()
+        self.trainer.end()
         apply_plan(self.model, self.final_plan())
-        if self.recomputation is not None:  # of the parts that are there now
-            self.recomputation = Recomputation(self.model)
-        self.optimizer = self._new_optimizer()
+        self.trainer.begin()  # with the parts that are there now
 
     def final_plan(self) -> Plan:
         """The state as a validated plan."""
@@ -422,8 +363,8 @@ class Session:
         }
         if evaluate:
             metrics["pruned"]["test_score"] = self._test(self.model)
-            if self.distillation is not None:
-                self.dense_test_score = self._test(self.distillation.dense)
+            if self.trainer.distillation is not None:
+                self.dense_test_score = self._test(self.trainer.distillation.dense)
             metrics["dense"]["test_score"] = self.dense_test_score
         if isinstance(self.cost, Described):
             metrics["device"] = self.cost.describe(self.state.template, plan)
@@ -451,8 +392,7 @@ class Session:
             return
         tensors: dict[str, Tensor] = {}
         if self.config.trains and self._begun:  # otherwise the weights are what they were
-            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-            tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state_tensors().items()}
+            tensors = self.trainer.state_tensors()
         progress = {
             "identity": self.identity,
             "stage": self.stage,
@@ -499,24 +439,9 @@ class Session:
         else:
             self._apply(self.state, self.state, 0.0)
         if self.config.trains:
-            self.model.load_state_dict(with_prefix(tensors, "model."))
-            self.optimizer.load_state_tensors(with_prefix(tensors, "optimizer."))
+            self.trainer.load_state_tensors(tensors)
 
     # ---- small things
-
-    def _new_optimizer(self) -> Optimizer | None:
-        if not self.config.trains:
-            return None
-        config = self.config
-        return Optimizer(self.model.named_parameters(), matrix_lr=config.matrix_lr, lr=config.lr, muon=self.muon)
-
-    @contextmanager
-    def _batches(self, chunk: int, count: int) -> Iterator[Iterable[dict[str, Tensor]]]:
-        """The batches of a chunk; dropout within it is drawn by its seed, whatever was drawn before."""
-        seed = self.seed * 100_003 + 17 + chunk
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + self.processes.index)
-            yield itertools.islice(self.task.train_batches(seed), count)
 
     @torch.no_grad()
     def _loss(self, batch: dict[str, Tensor]) -> float:

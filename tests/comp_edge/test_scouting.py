@@ -60,13 +60,13 @@ def test_nothing_of_a_walk_stays(session: Session) -> None:
     """Weights, optimizer, masks and token counts are as before, and training was really tried."""
     told.clear()
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
-    trained, inner = [], session._step
+    trained, inner = [], session.trainer.step
 
     def step(*args: Any, **options: Any) -> float:
         trained.append(options["where"])
         return inner(*args, **options)
 
-    session._step = step
+    session.trainer.step = step
     session.start(evaluate=False)
     session.model.eval()
     chosen, why = session.selector.select(session.setting, session.state, goal=0.1, stage=0)
@@ -75,7 +75,7 @@ def test_nothing_of_a_walk_stays(session: Session) -> None:
     assert [progress.done for progress in told] == list(range(1, len(trained) + 1))
     for name, tensor in session.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert not session.optimizer.state_tensors()
+    assert not session.trainer.optimizer.state_tensors()
     assert all(bool((mask == 1).all()) for mask in session.masks.masks.values())
     assert session.schedule.tokens == {name: tuple(counts) for name, counts in session.state.tokens.items()}
     assert [walk["tokens"] for walk in why["walks"]][:2] == [0.0, 0.5] and chosen.saving >= 0.05
