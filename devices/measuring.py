@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset("quick", rounds=5, iterations=2, min_seconds=0.15, patience=10.0),
+    "quick": Preset("quick", rounds=5, iterations=4, min_seconds=0.15, patience=10.0),
     # MLPerf Mobile's single stream: at least 1,024 samples and at least a minute; the 90th percentile counts.
     "report": Preset(
         "report", rounds=10, iterations=16, min_seconds=1.0, warmup=3, samples=1024, seconds=60.0, patience=120.0
@@ -53,38 +54,86 @@ PRESETS = {
 
 @dataclass
 class Drift:
-    """What the anchor takes when nothing disturbs it: the lower quartile of what was seen. A machine that others share may be
-    slow most of the time; and a process may be lucky with the memory that it gets, so that the fastest says little."""
+    """What the anchor and a beat (see `Answer.beat_ms`) take when nothing disturbs them, known better and better.
 
-    seen: list[float] = field(default_factory=list)
+    The anchor's usual time is the lower quartile of what was seen: a machine that others share may be slow most of the time,
+    and a process may be lucky with the memory that it gets. Beats are many, and luck is no part of them: the lower decile.
+    """
 
-    def disturbed(self, before: float, after: float) -> bool:
-        """Whether a round between two anchors was disturbed; takes note of both."""
-        self.seen += [before, after]
-        return max(before, after) > percentile(sorted(self.seen), 25) * (1 + DRIFT)
+    anchors: list[float] = field(default_factory=list)
+    beats: list[float] = field(default_factory=list)
+
+    def disturbed(self, before: float | None, after: float | None) -> bool:
+        """Whether a round between two anchors was disturbed; takes note of both. None had no quiet call, and says nothing."""
+        known = [anchor for anchor in (before, after) if anchor is not None]
+        self.anchors += known
+        return bool(known) and max(known) > percentile(sorted(self.anchors), 25) * (1 + DRIFT)
+
+    def quiet(self, answer: Answer) -> tuple[float, ...]:
+        """The calls that nothing disturbed, by the beats beside them; takes note of the beats. All, where there are none."""
+        if not answer.beat_ms:
+            return answer.wall_ms
+        self.beats += answer.beat_ms
+        most = percentile(sorted(self.beats), 10) * (1 + DRIFT)
+        beside = zip(answer.wall_ms, answer.beat_ms, answer.beat_ms[1:], strict=False)
+        return tuple(ms for ms, before, after in beside if max(before, after) <= most)
+
+
+_Round = tuple[tuple[float, ...], float | None]  # samples, and the anchor's worse time beside them, if it was quiet
 
 
 @dataclass
 class _Turns:
-    """Rounds of one subject, as they come."""
+    """Rounds of one job, as they come."""
 
-    rounds: list[tuple[tuple[float, ...], float]] = field(default_factory=list)  # samples, and the anchor's worse time
-    disturbed: list[tuple[tuple[float, ...], float]] = field(default_factory=list)
+    preset: Preset
+    rounds: list[_Round] = field(default_factory=list)
+    disturbed: list[_Round] = field(default_factory=list)
     first: Answer | None = None
     peak: int = 0
+    spent: float = 0.0  # seconds beyond what a quiet device would need
+
+    def book(self, answer: Answer, quiet: tuple[float, ...], anchor: float | None) -> None:
+        """Take note of a round, of which some calls, or none, were quiet."""
+        self.first = self.first or answer
+        self.peak = max(self.peak, answer.peak_rss_kb or 0)
+        if self.complete or not quiet:
+            self.spent += answer.total_ms / 1000
+        if quiet:
+            self.rounds.append((quiet, anchor))
+        else:
+            self.disturbed.append((answer.wall_ms, anchor))
 
     @property
-    def agree(self) -> bool:
-        """Whether the fastest rounds are about equally fast."""
-        fastest = sorted(min(samples) for samples, _ in self.rounds)[:AGREEING]
-        return fastest[-1] <= fastest[0] * (1 + DRIFT)
+    def complete(self) -> bool:
+        """Whether there are as many rounds and samples as the preset wants."""
+        samples = sum(len(samples) for samples, _ in self.rounds)
+        seconds = sum(sum(samples) for samples, _ in self.rounds) / 1000
+        enough = samples >= self.preset.samples or (self.preset.seconds > 0 and seconds >= self.preset.seconds)
+        return len(self.rounds) >= self.preset.rounds and enough
 
-    def measurement(self, rejected: int, settled: bool) -> Measurement:
+    @property
+    def settled(self) -> bool:
+        """Whether they are complete, and the fastest of them about equally fast."""
+        fastest = sorted(min(samples) for samples, _ in self.rounds)[:AGREEING]
+        return self.complete and fastest[-1] <= fastest[0] * (1 + DRIFT)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether there is no patience left."""
+        wanted, quiet = self.preset.rounds, len(self.rounds)
+        tired = len(self.disturbed) > max(wanted, quiet) or (self.complete and quiet >= 2 * wanted)
+        return tired and self.spent >= self.preset.patience
+
+    def measurement(self) -> Measurement:
+        """With as many rounds as are wanted, completed by those beside the least disturbed anchors."""
+        missing = max(self.preset.rounds - len(self.rounds), 0)
+        rounds = [*self.rounds, *sorted(self.disturbed, key=lambda round_: round_[1] or math.inf)[:missing]]
         return Measurement(
-            rounds=tuple(samples for samples, _ in self.rounds),
-            rejected=rejected,
-            settled=settled,
-            anchor_ms=tuple(anchor for _, anchor in self.rounds),
+            rounds=tuple(samples for samples, _ in rounds),
+            rejected=len(self.disturbed),
+            settled=self.settled,
+            anchor_ms=tuple(anchor for _, anchor in rounds),
             load_ms=self.first.load_ms,
             first_ms=self.first.first_ms,
             peak_rss_kb=self.peak or None,
@@ -102,42 +151,33 @@ def measure(
 ) -> dict[str, Measurement]:
     """Time jobs in turns: in each round every job once, between two runs of the anchor.
 
-    A round whose anchor drifted by more than 5 % is repeated, and further ones are taken until of every job the three fastest
-    lie within 5 %: both as often as there are rounds, and more often while the preset has patience. When even then there are
-    not enough quiet ones, the quietest of the disturbed ones count, too; the measurement says that it is not settled.
+    Of a round only the calls count whose beats were quiet. A round whose anchor drifted by more than 5 %, or that has no quiet
+    call, is repeated, and further ones are taken until the three fastest of a job lie within 5 %: both as often as there are
+    rounds, and more often while the preset has patience. When even then there are not enough quiet ones, the quietest of the
+    disturbed ones count, too; the measurement says that it is not settled.
 
     Args:
         jobs: by name; how long they run is the preset's to say.
-        drift: of all measurements of one session: the anchor's usual time is known better and better.
+        drift: of all measurements of one session.
 
     Raises:
         DeviceError: a job failed, or the device has gone.
     """
-    turns = {name: _Turns() for name in jobs}
-    rejected, wanted, spent = 0, preset.rounds, 0.0  # seconds beyond what a quiet device would need
-    before = _anchor(agent, anchor)
-    while True:
+    turns = {name: _Turns(preset) for name in jobs}
+    before = _anchor(agent, anchor, drift)
+    while waiting := [name for name, found in turns.items() if not (found.settled or found.given_up)]:
         taken: dict[str, Answer] = {}
-        for name, job in jobs.items():
+        for name in waiting:
             progress(name)
-            taken[name] = run_job(agent, _timed(job, preset))
-        after = _anchor(agent, anchor)
+            taken[name] = run_job(agent, _timed(jobs[name], preset))
+        after = _anchor(agent, anchor, drift)
         disturbed = drift.disturbed(before, after)
+        worse = max((anchor for anchor in (before, after) if anchor is not None), default=None)
         for name, answer in taken.items():
-            found = turns[name]
-            found.first = found.first or answer
-            found.peak = max(found.peak, answer.peak_rss_kb or 0)
-            (found.disturbed if disturbed else found.rounds).append((answer.wall_ms, max(before, after)))
+            quiet = drift.quiet(answer)
+            turns[name].book(answer, () if disturbed else quiet, worse)
         before = after
-        rejected += disturbed
-        quiet = len(next(iter(turns.values())).rounds)
-        complete = quiet >= wanted and all(_enough(found, preset) for found in turns.values())
-        if complete and all(found.agree for found in turns.values()):
-            return {name: found.measurement(rejected, True) for name, found in turns.items()}
-        if disturbed or complete:
-            spent += sum(answer.total_ms for answer in taken.values()) / 1000
-        if spent >= preset.patience and (rejected > max(wanted, quiet) or (complete and quiet >= 2 * wanted)):
-            return {name: _quietest(found, wanted).measurement(rejected, False) for name, found in turns.items()}
+    return {name: found.measurement() for name, found in turns.items()}
 
 
 def run_job(agent: Agent, job: Job) -> Answer:
@@ -150,22 +190,9 @@ def _timed(job: Job, preset: Preset) -> Job:
     return replace(job, warmup=preset.warmup, iterations=preset.iterations, min_seconds=preset.min_seconds)
 
 
-def _anchor(agent: Agent, anchor: Job) -> float:
-    """Milliseconds that the anchor takes: its fastest call."""
-    return min(run_job(agent, anchor).wall_ms)
-
-
-def _enough(turns: _Turns, preset: Preset) -> bool:
-    samples = sum(len(samples) for samples, _ in turns.rounds)
-    seconds = sum(sum(samples) for samples, _ in turns.rounds) / 1000
-    return samples >= preset.samples or (preset.seconds > 0 and seconds >= preset.seconds)
-
-
-def _quietest(turns: _Turns, wanted: int) -> _Turns:
-    """With as many rounds as are wanted, completed by those beside the least disturbed anchors."""
-    missing = max(wanted - len(turns.rounds), 0)
-    chosen = sorted(turns.disturbed, key=lambda round_: round_[1])[:missing]
-    return replace(turns, rounds=[*turns.rounds, *chosen])
+def _anchor(agent: Agent, anchor: Job, drift: Drift) -> float | None:
+    """Milliseconds that the anchor takes: its fastest call, if any was quiet."""
+    return min(drift.quiet(run_job(agent, anchor)), default=None)
 
 
 class Stopwatch:

@@ -29,15 +29,15 @@ class Measurement(Strict):
 
     Attributes:
         rounds: samples of each round that counts.
-        rejected: how many rounds were repeated because the anchor drifted.
-        settled: False where rounds were still disturbed when no more repetitions were allowed.
-        anchor_ms: of each round that counts: what the anchor took beside it.
+        rejected: how many rounds were repeated because something disturbed them.
+        settled: False where rounds were still disturbed, or did not agree, when no more repetitions were allowed.
+        anchor_ms: of each round that counts: what the anchor took beside it, where that was quiet.
     """
 
     rounds: Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=1)]
     rejected: Count = 0
     settled: bool = True
-    anchor_ms: tuple[Milliseconds, ...] = ()
+    anchor_ms: tuple[Milliseconds | None, ...] = ()
     load_ms: Milliseconds | None = None
     first_ms: Milliseconds | None = None
     peak_rss_kb: Count | None = None

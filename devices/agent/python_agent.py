@@ -201,6 +201,14 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, float]:
     return program, method, (time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW) - start) / 1e6
 
 
+def beat() -> float:
+    """Milliseconds of a piece of work that is always the same, as that of `agent.cpp` is."""
+    start, value = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW), 0.0
+    for _ in range(3000):
+        value = value * 0.5 + 1.0
+    return (time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW) - start) / 1e6
+
+
 def measure(method: Any, inputs: Sequence[Tensor], args: argparse.Namespace) -> dict[str, Any]:
     """Times in milliseconds and checksums of the first call's outputs."""
     # Not `Method.execute`: it copies the outputs, which the C++ agent does not.
@@ -223,6 +231,7 @@ def measure(method: Any, inputs: Sequence[Tensor], args: argparse.Namespace) -> 
     for _ in range(args.warmup):
         call()
     spent = 0.0
+    result["beat_ms"] = [beat()]
     # A second clock around all calls: single readings that lie do not add up to it.
     start = clock(time.CLOCK_MONOTONIC)
     while len(result["wall_ms"]) < args.iterations or (
@@ -231,6 +240,7 @@ def measure(method: Any, inputs: Sequence[Tensor], args: argparse.Namespace) -> 
         wall_ms, cpu_ms = call()
         result["wall_ms"].append(wall_ms)
         result["cpu_ms"].append(cpu_ms)
+        result["beat_ms"].append(beat())
         spent += wall_ms
     result["total_ms"] = (clock(time.CLOCK_MONOTONIC) - start) / 1e6
     return result

@@ -19,6 +19,7 @@ class SimulatedAgent:
     Args:
         takes: milliseconds of a call, from the job and how many jobs were asked before.
         anchor: milliseconds of the anchor, from how often it ran before.
+        slow: by what factor a call of a job takes longer, from the job's number and the call's; beats beside it, too.
         fails: called before each job; may raise.
     """
 
@@ -27,9 +28,10 @@ class SimulatedAgent:
         takes: Callable[[Job, int], float],
         *,
         anchor: Callable[[int], float] = lambda number: 10.0,
+        slow: Callable[[int, int], float] | None = None,
         fails: Callable[[Job], None] = lambda job: None,
     ) -> None:
-        self.takes, self.anchor, self.fails = takes, anchor, fails
+        self.takes, self.anchor, self.slow, self.fails = takes, anchor, slow, fails
         self.jobs: list[Job] = []
         self.forgotten: list[str] = []
         self.installed = 0
@@ -44,6 +46,10 @@ class SimulatedAgent:
         self.jobs.append(job)
         ms = self.anchor(before) if job.program.name == ANCHOR else self.takes(job, before)
         calls = max(job.iterations, int(job.min_seconds * 1000 / ms))
+        factors, beats = [1.0] * calls, ()
+        if self.slow is not None and job.program.name != ANCHOR:
+            factors = [self.slow(before, call) for call in range(calls)]
+            beats = (1.0, *factors)
         return Answer(
             schema=1,
             agent="simulated",
@@ -52,8 +58,9 @@ class SimulatedAgent:
             threads=job.threads,
             load_ms=1.0,
             first_ms=2 * ms,
-            wall_ms=(ms,) * calls,
-            total_ms=ms * calls,
+            wall_ms=tuple(ms * factor for factor in factors),
+            beat_ms=beats,
+            total_ms=ms * sum(factors),
             peak_rss_kb=1000 + len(self.jobs),
         )
 

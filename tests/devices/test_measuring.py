@@ -56,6 +56,32 @@ def test_a_disturbance_that_no_anchor_sees():
     assert len(found["fast"].rounds) == 7, "until three of the fastest agree"
 
 
+def test_only_calls_beside_quiet_beats_count():
+    # Every second call is slowed, and so is the beat behind it, which is the one before the call that follows: one of four.
+    agent = SimulatedAgent(lambda job, number: 4.0, slow=lambda number, call: 1.6 if call % 4 in (1, 2) else 1.0)
+    found = take(agent)
+    assert found["fast"].rounds == ((4.0,),) * 3 and found["fast"].settled and found["fast"].rejected == 0
+
+
+def test_a_round_without_a_quiet_call_is_repeated():
+    agent = SimulatedAgent(lambda job, number: 4.0, slow=lambda number, call: 2.0 if 2 <= number < 6 else 1.0)
+    found = take(agent)
+    assert found["fast"].rejected == 2 and found["slow"].rejected == 2 and found["slow"].settled
+    assert all(set(samples) == {4.0} for samples in found["slow"].rounds)
+
+
+def test_a_job_that_has_settled_is_not_run_again():
+    agent = SimulatedAgent(lambda job, number: 4.0, slow=lambda number, call: 2.0 if number in (1, 3) else 1.0)
+    found = take(agent)
+    assert found["slow"].rejected == 2 and found["slow"].settled
+    assert [job.method for job in agent.jobs if job.program.name != ANCHOR] == ["fast", "slow"] * 3 + ["slow"] * 2
+
+
+def test_an_anchor_without_a_quiet_call_says_nothing():
+    drift = Drift(anchors=[10.0] * 4)
+    assert not drift.disturbed(None, None) and not drift.disturbed(None, 10.2) and drift.disturbed(None, 11.0)
+
+
 def test_calls_that_never_agree():
     agent = SimulatedAgent(lambda job, number: 1.1**number)
     found = take(agent)
@@ -68,7 +94,7 @@ def test_patience_waits_for_a_quiet_moment():
         lambda job, number: 1.5 if 2 <= number < 28 else 1.0, anchor=lambda number: 15.0 if 1 < number <= 13 else 10.0
     )
     patient = Preset("patient", rounds=3, iterations=4, min_seconds=0.25, patience=10.0)
-    found = take(agent, patient, Drift(seen=[10.0] * 20))
+    found = take(agent, patient, Drift(anchors=[10.0] * 20))
     assert found["fast"].settled and found["fast"].steady == 1.0 and found["fast"].rejected == 13
 
 
