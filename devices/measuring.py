@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -44,7 +43,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset("quick", rounds=5, iterations=4, min_seconds=0.15, patience=10.0),
+    "quick": Preset("quick", rounds=5, iterations=4, min_seconds=0.15, patience=20.0),
     # MLPerf Mobile's single stream: at least 1,024 samples and at least a minute; the 90th percentile counts.
     "report": Preset(
         "report", rounds=10, iterations=16, min_seconds=1.0, warmup=3, samples=1024, seconds=60.0, patience=120.0
@@ -126,9 +125,9 @@ class _Turns:
         return tired and self.spent >= self.preset.patience
 
     def measurement(self) -> Measurement:
-        """With as many rounds as are wanted, completed by those beside the least disturbed anchors."""
+        """With as many rounds as are wanted, completed by the fastest of the disturbed ones."""
         missing = max(self.preset.rounds - len(self.rounds), 0)
-        rounds = [*self.rounds, *sorted(self.disturbed, key=lambda round_: round_[1] or math.inf)[:missing]]
+        rounds = [*self.rounds, *sorted(self.disturbed, key=lambda round_: min(round_[0]))[:missing]]
         return Measurement(
             rounds=tuple(samples for samples, _ in rounds),
             rejected=len(self.disturbed),
@@ -153,7 +152,7 @@ def measure(
 
     Of a round only the calls count whose beats were quiet. A round whose anchor drifted by more than 5 %, or that has no quiet
     call, is repeated, and further ones are taken until the three fastest of a job lie within 5 %: both as often as there are
-    rounds, and more often while the preset has patience. When even then there are not enough quiet ones, the quietest of the
+    rounds, and more often while the preset has patience. When even then there are not enough quiet ones, the fastest of the
     disturbed ones count, too; the measurement says that it is not settled.
 
     Args:

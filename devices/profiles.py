@@ -49,8 +49,11 @@ class Measurement(Strict):
 
     @property
     def steady(self) -> float:
-        """The fastest call of the second fastest round: what a call takes when nothing slows it, without the luck of one."""
-        return self._fastest[:2][-1]
+        """What a call takes when nothing slows it: the fastest of the second fastest round, since one may be lucky.
+
+        Of rounds that were disturbed or do not agree the fastest of all: nothing makes a device faster than it is.
+        """
+        return self._fastest[: 1 + self.settled][-1]
 
     def percentile(self, percent: float) -> float:
         """Nearest rank, over all counted samples."""

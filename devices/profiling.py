@@ -76,44 +76,42 @@ def profile(
     if not isinstance(model, Subject):
         model = Subject.of(model, text_tokens=prompt_tokens, new_tokens=new_tokens)
     points = choose_points(model) if points is None else points
+    found = None if out is None or not Path(out).exists() else Profile.load(out)
+    given = {"preset": preset, "agent": agent, "threads": threads, "cpus": cpus, "clocks_set": set_clocks}
     on_progress(0, len(points), f"reach {device.address}")
+    if found is not None and found.complete and {p.id for p in points} <= {p.id for p in found.points}:
+        settings = Settings(runtime=found.settings.runtime, backend=found.settings.backend, **given)
+        _check_same(found, device.info(), model.record, settings, where=out)
+        return found
     with sit(device, preset=chosen, agent=agent, threads=threads, cpus=cpus) as sitting:
-        settings = Settings(
-            preset=preset,
-            agent=agent,
-            runtime=sitting.first.runtime,
-            threads=threads,
-            cpus=cpus,
-            clocks_set=set_clocks,
-            backend=BACKENDS[sitting.form],
-        )
-        session = _Session(_begin(out, device.info(), model.record, settings), out, device, sitting)
+        settings = Settings(runtime=sitting.first.runtime, backend=BACKENDS[sitting.form], **given)
+        if found is None:
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            found = Profile(schema=1, created=created, device=device.info(), model=model.record, settings=settings)
+        else:
+            _check_same(found, device.info(), model.record, settings, where=out)
+        session = _Session(found, out, device, sitting)
         with fixed_clocks(device.transport, device.kind) if set_clocks else nullcontext():
             session.run(model, points, jobs, on_progress)
     return session.profile
 
 
-def _begin(out: str | Path | None, device: DeviceRecord, model: ModelRecord, settings: Settings) -> Profile:
-    """The profile to go on with.
+def _check_same(
+    found: Profile, device: DeviceRecord, model: ModelRecord, settings: Settings, *, where: str | Path
+) -> None:
+    """Check that a profile is of these.
 
     Raises:
-        DeviceError: the file that is there is of something else.
+        DeviceError: it is of something else.
     """
-    fresh = Profile(
-        schema=1, created=datetime.now(UTC).isoformat(timespec="seconds"), device=device, model=model, settings=settings
-    )
-    if out is None or not Path(out).exists():
-        return fresh
-    found = Profile.load(out)
-    for what in ("device", "model", "settings"):
-        have, wanted = getattr(found, what), getattr(fresh, what)
+    for what, wanted in (("device", device), ("model", model), ("settings", settings)):
         for name, value in wanted:
-            if getattr(have, name) != value:
+            have = getattr(getattr(found, what), name)
+            if have != value:
                 raise DeviceError(
-                    f"{str(out)!r} is a profile with {what} {name} {_short(getattr(have, name))}, this run has "
-                    f"{_short(value)}; give the same, or another output."
+                    f"{str(where)!r} is a profile with {what} {name} {_short(have)}, this run has {_short(value)}; give the "
+                    "same, or another output."
                 )
-    return found
 
 
 def _short(value: Any) -> str:

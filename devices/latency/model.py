@@ -219,7 +219,7 @@ class LatencyModel:
                 FEATURES, values.tolist(), features.min(0).tolist(), features.max(0).tolist(), strict=True
             ):
                 if value > high * (1 + BEYOND) or value < low * (1 - BEYOND):
-                    what = name if name in COUNTS else f"million {name}"
+                    what = name if name in COUNTS else FEATURES[name]
                     found.append(f"{method}: {value:.4g} {what}; measured were {low:.4g} to {high:.4g}.")
         if found and strict:
             raise DeviceError(f"the plan is outside what was measured: {found[0]}")

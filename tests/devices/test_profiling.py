@@ -77,8 +77,9 @@ def test_a_device_that_goes_away_leaves_what_was_measured_and_the_rest_follows(s
     assert whole.complete and whole.points[: len(half.points)] == half.points
     assert whole.seconds >= half.seconds
     assert [point.id for point in whole.points] == [point.id for point in choose_points(subject)]
-    nothing = profile(device(), subject, out=out)
-    assert nothing.points == whole.points and lowered == before + again, "a complete profile is not measured again"
+    idle = device()
+    nothing = profile(idle, subject, out=out)
+    assert not idle._agent.installed and nothing.points == whole.points and lowered == before + again, "a complete profile is not measured again"
 
 
 @pytest.mark.parametrize(
