@@ -41,7 +41,11 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Compared:
-    """A plan that no profile has seen: milliseconds of a request, measured, predicted, and in proportion to MACs."""
+    """A plan that no profile has seen: milliseconds of a request, measured, predicted, and in proportion to MACs.
+
+    Attributes:
+        settled: whether the device was quiet enough for the measurement.
+    """
 
     plan: Plan
     macs: float
@@ -49,6 +53,7 @@ class Compared:
     predicted: float
     proportional: float
     uncertainty: float
+    settled: bool = True
 
 
 def run(
@@ -115,6 +120,13 @@ def summarize(results: dict[str, tuple[LatencyModel, list[Compared], float]]) ->
     error, other = ours["whole_model"]["mape"], plain["whole_model"]["mape"]
     worse = error * TWICE > other
     found["warnings"] = [f"{error:.1%} is not {TWICE:g} times better than MACs alone, {other:.1%}."] if worse else []
+    if restless := [row for row, _ in everything if not row.settled]:
+        quiet = _errors([(row.measured, row.predicted, dense) for row, dense in everything if row.settled])
+        error = quiet["whole_model"]["mape"]
+        others = "none did" if error is None else f"the error of the others is {error:.1%}"
+        found["warnings"].append(
+            f"the device was never quiet enough to measure {len(restless)} of {len(everything)} plans; {others}."
+        )
     return found
 
 
@@ -134,6 +146,7 @@ def _judged(model: LatencyModel, rows: list[Compared], dense: float) -> dict[str
                 "predicted_ms": row.predicted,
                 "proportional_ms": row.proportional,
                 "uncertainty_ms": row.uncertainty,
+                "settled": row.settled,
             }
             for row in rows
         ],
@@ -182,6 +195,7 @@ def _one(
             predicted=model.predict(plan),
             proportional=rate * cost.predict(plan),
             uncertainty=model.uncertainty(plan),
+            settled=all(one.settled for one in timing.values()),
         )
         for plan, timing in zip(plans, timings, strict=True)
     ]

@@ -138,6 +138,12 @@ def test_errors_of_a_benchmark(profile, dense):
     assert "not 2 times better" in summarize({"a": (cost, rows, 10.0)})["warnings"][0]
 
 
+def test_a_benchmark_says_what_was_never_quiet(profile, dense):
+    rows = [Compared(dense, m, float(m), 1.01 * m, 1.2 * m, 0.1, settled=m < 6) for m in (2, 4, 6)]
+    (warning,) = summarize({"a": (DeviceCost(profile).model, rows, 10.0)})["warnings"]
+    assert "never quiet enough to measure 1 of 3 plans; the error of the others is 1.0%" in warning
+
+
 def test_pairs_of_a_budget_benchmark():
     parts = [{"kind": "budget", "budget_ms": 10.0, "measured_ms": ms} for ms in (9.9, 10.2, 10.4)]
     for driver, budget, score in (

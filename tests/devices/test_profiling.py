@@ -79,7 +79,9 @@ def test_a_device_that_goes_away_leaves_what_was_measured_and_the_rest_follows(s
     assert [point.id for point in whole.points] == [point.id for point in choose_points(subject)]
     idle = device()
     nothing = profile(idle, subject, out=out)
-    assert not idle._agent.installed and nothing.points == whole.points and lowered == before + again, "a complete profile is not measured again"
+    assert not idle._agent.installed and nothing.points == whole.points and lowered == before + again, (
+        "a complete profile is not measured again"
+    )
 
 
 @pytest.mark.parametrize(
