@@ -104,6 +104,7 @@ class Run:
         parser.add_argument("programs", nargs="+", type=Path, metavar="PTE", help="a program, or a bundle's folder")
         parser.add_argument("--device", default="host", help=f"{DEVICE_HELP} (default: host)")
         parser.add_argument("--method", help="only this method")
+        parser.add_argument("--energy", action="store_true", help="also joules a call, by a Jetson's tegrastats")
         _measuring(parser)
 
     @staticmethod
@@ -116,6 +117,7 @@ class Run:
         from devices.conditions import changed, fixed_clocks
         from devices.device import connect
         from devices.measuring import preset_named
+        from devices.metering import check_meter, joules_a_call
         from devices.sitting import sit
 
         preset = preset_named(arguments.preset)
@@ -125,6 +127,8 @@ class Run:
                 jobs[f"{path}:{name}"] = Job(path, name, threads=arguments.threads, cpus=arguments.cpus)
         options = {"agent": arguments.agent, "threads": arguments.threads, "cpus": arguments.cpus}
         with connect(arguments.device) as device:
+            if arguments.energy:
+                check_meter(device)
             clocks = fixed_clocks(device.transport, device.kind) if arguments.set_clocks else nullcontext()
             with sit(device, preset=preset, **options) as sitting, clocks, common.progress_bar("timing") as update:
                 before, calls = device.conditions(), 0
@@ -136,9 +140,12 @@ class Run:
 
                 timings = sitting.measure(jobs, progress)
                 after = device.conditions()
+            joules = joules_a_call(device, jobs, agent=arguments.agent) if arguments.energy else {}
             info = device.info().model_dump(mode="json")
         _warn(changed(before, after))
         ms = {name: _figures(timing) for name, timing in timings.items()}
+        for name, energy in joules.items():
+            ms[name]["joules"] = energy
         if arguments.json:
             common.print_json(
                 {"device": info, "threads": arguments.threads, "conditions": [before, after], "methods": ms}
