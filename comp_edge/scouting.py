@@ -15,6 +15,9 @@ WAYS = 3  # see `bracket`
 JUMPS = 3  # stages of a way that is walked for trial
 TRIAL = 0.2  # training steps of such a way, as a share of the pass's; half of them were too few (docs/method.md)
 ROWS = 2  # only one of so many parts of a training batch is used: steps tell more of a way's end than examples do
+# A way that drops more tokens must end with at most this share of the loss of one that drops fewer. A walk is far shorter than
+# the pass, and the steps that it lacks make good what parameters lost, and not what tokens knew (docs/method.md).
+CLEARLY = 0.5
 RESTING = 0.5  # share of these steps that are taken between the jumps; the rest recovers at the end
 
 
@@ -26,19 +29,28 @@ def bold(share: float, *, stages: int) -> float:
 def bracket(loss_of: Callable[[float], float]) -> dict[float, float]:
     """Losses of shares of tokens in all that is saved: none, half, and then in the middle of the better side."""
     losses = {share: loss_of(share) for share in (0.0, 0.5)}
-    middle = 0.75 if losses[0.5] < losses[0.0] else 0.25
+    middle = 0.75 if _clearly(losses[0.5], losses[0.0]) else 0.25
     return {**losses, middle: loss_of(middle)}
 
 
 def best(losses: dict[float, float]) -> float:
-    """The share of tokens with the least loss.
+    """The share of tokens whose way ends with the least loss, and clearly so where it is more tokens.
 
     Raises:
         FloatingPointError: no loss is finite.
     """
-    if not any(map(math.isfinite, losses.values())):
+    found = None
+    for share in sorted(losses):
+        if _clearly(losses[share], math.inf if found is None else losses[found]):
+            found = share
+    if found is None:
         raise FloatingPointError("every way to the budget that was tried ends in a loss that is not finite")
-    return min(losses, key=lambda share: losses[share])
+    return found
+
+
+def _clearly(more: float, fewer: float) -> bool:
+    """Whether the way with more tokens ends clearly better than the one with fewer."""
+    return math.isfinite(more) and more <= CLEARLY * fewer
 
 
 def rests(steps: int) -> Iterator[int]:

@@ -19,11 +19,25 @@ from comp_edge.session import Session
 from tests.comp_edge.test_pruning import QUICK
 
 
-@pytest.mark.parametrize(("optimum", "looked_at"), [(0.0, 0.25), (0.2, 0.25), (0.6, 0.75), (1.0, 0.75)])
-def test_the_third_way_lies_on_the_better_side(optimum: float, looked_at: float) -> None:
+@pytest.mark.parametrize(
+    ("optimum", "looked_at", "taken"),
+    [(0.0, 0.25, 0.0), (0.2, 0.25, 0.25), (0.6, 0.75, 0.5), (0.7, 0.75, 0.75), (1.0, 0.75, 0.75)],
+)
+def test_the_third_way_lies_on_the_better_side(optimum: float, looked_at: float, taken: float) -> None:
     losses = bracket(lambda share: (share - optimum) ** 2)
-    assert list(losses) == [0.0, 0.5, looked_at]
-    assert best(losses) == min((0.0, 0.5, looked_at), key=lambda share: abs(share - optimum))
+    assert list(losses) == [0.0, 0.5, looked_at] and best(losses) == taken
+
+
+def test_more_tokens_have_to_end_clearly_better() -> None:
+    """What parameters lose comes back in the steps that a walk lacks: blip-digits, dense seed 1."""
+    assert best({0.0: 0.149, 0.5: 0.139, 0.25: 0.14}) == 0.0
+    assert best({0.0: 1.0, 0.25: 0.6, 0.5: 0.4}) == 0.5, "each against the best of those with fewer"
+    assert best({0.0: 0.149, 0.5: 0.07, 0.75: 0.06}) == 0.5
+
+
+def test_two_ways_that_lead_nowhere() -> None:
+    losses = bracket(lambda share: 1.0 if share == 0.25 else math.inf)
+    assert losses == {0.0: math.inf, 0.5: math.inf, 0.25: 1.0} and best(losses) == 0.25
 
 
 def test_a_way_that_leads_nowhere_is_not_taken() -> None:
