@@ -17,7 +17,7 @@ TRIAL = 0.2  # training steps of such a way, as a share of the pass's; half of t
 ROWS = 2  # only one of so many parts of a training batch is used: steps tell more of a way's end than examples do
 # A way that drops more tokens must end with at most this share of the loss of one that drops fewer. A walk is far shorter than
 # the pass, and the steps that it lacks make good what parameters lost, and not what tokens knew (docs/method.md).
-CLEARLY = 0.5
+CLEARLY = 0.25
 RESTING = 0.5  # share of these steps that are taken between the jumps; the rest recovers at the end
 
 
