@@ -230,10 +230,7 @@ def _timed(
         with sit(device, preset=PRESETS["quick"], threads=threads) as sitting:
 
             def progress(number: int, text: str) -> None:
-                on_progress(
-                    len(plans) - len(missing) + number,
-                    f"plan {missing[number] + 1}: {text}" if number < len(missing) else "done",
-                )
+                on_progress(len(plans) - len(missing) + number, f"plan {missing[number] + 1}: {text}")
 
             wanted = [Wanted(plans[index]) for index in missing]
             timings = sitting.time_each(subject, wanted, jobs=jobs, progress=progress)

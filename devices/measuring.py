@@ -13,9 +13,8 @@ from devices.profiles import Measurement
 from devices.timing import percentile
 
 DRIFT = 0.05  # of the anchor's fastest call against the usual one: a round that drifts more is repeated
-AGREEING = (
-    3  # as many of the fastest rounds have to lie within `DRIFT`: a short disturbance between two anchors slows a round
-)
+# As many of the fastest rounds have to lie within `DRIFT`: a short disturbance between two anchors slows a round.
+AGREEING = 3
 SLOW_CALL = 60.0  # seconds that a single call may take at most
 STARTING = 120.0  # seconds that loading a program may take
 
@@ -57,6 +56,9 @@ class Drift:
 
     The anchor's usual time is the lower quartile of what was seen: a machine that others share may be slow most of the time,
     and a process may be lucky with the memory that it gets. Beats are many, and luck is no part of them: the lower decile.
+
+    Attributes:
+        anchors, beats: milliseconds that were seen, ascending.
     """
 
     anchors: list[float] = field(default_factory=list)
@@ -65,15 +67,15 @@ class Drift:
     def disturbed(self, before: float | None, after: float | None) -> bool:
         """Whether a round between two anchors was disturbed; takes note of both. None had no quiet call, and says nothing."""
         known = [anchor for anchor in (before, after) if anchor is not None]
-        self.anchors += known
-        return bool(known) and max(known) > percentile(sorted(self.anchors), 25) * (1 + DRIFT)
+        self.anchors = sorted([*self.anchors, *known])
+        return bool(known) and max(known) > percentile(self.anchors, 25) * (1 + DRIFT)
 
     def quiet(self, answer: Answer) -> tuple[float, ...]:
         """The calls that nothing disturbed, by the beats beside them; takes note of the beats. All, where there are none."""
         if not answer.beat_ms:
             return answer.wall_ms
-        self.beats += answer.beat_ms
-        most = percentile(sorted(self.beats), 10) * (1 + DRIFT)
+        self.beats = sorted([*self.beats, *answer.beat_ms])  # nearly sorted already, which makes it cheap
+        most = percentile(self.beats, 10) * (1 + DRIFT)
         beside = zip(answer.wall_ms, answer.beat_ms, answer.beat_ms[1:], strict=False)
         return tuple(ms for ms, before, after in beside if max(before, after) <= most)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,10 +37,8 @@ class MeteredTransport(Transport):
     def pull(self, remote: str, local: Path, *, limit: int) -> None:
         self._inner.pull(remote, local, limit=limit)
 
-    @contextmanager
-    def workspace(self) -> Iterator[str]:
-        with self._inner.workspace() as folder:
-            yield folder
+    def workspace(self) -> AbstractContextManager[str]:
+        return self._inner.workspace()
 
 
 def check_meter(device: Device) -> None:

@@ -139,8 +139,7 @@ class _Session:
         self._note("begin")
 
         def progress(index: int, text: str) -> None:
-            if index < len(missing):
-                on_progress(len(points) - len(missing) + index, len(points), f"{missing[index].id}: {text}")
+            on_progress(len(points) - len(missing) + index, len(points), f"{missing[index].id}: {text}")
 
         timings = self.sitting.time_each(model, [spec.wanted for spec in missing], jobs=jobs, progress=progress)
         for spec, found in zip(missing, timings, strict=True):

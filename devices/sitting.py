@@ -60,11 +60,16 @@ class Sitting:
             DeviceError: a program does not run there, or the device has gone.
             InputError: a plan has no deployment form.
         """
-        progress(0, "lower")
+
+        def lowering(index: int) -> None:
+            if index < len(wanted):
+                progress(index, "lower")
+
+        lowering(0)
         with lowered_ahead(subject, wanted, self.folder, form=self.form, jobs=jobs) as each:
             for index, programs in enumerate(each):
                 yield self._of_programs(programs, lambda method, at=index: progress(at, f"measure {method}"))
-                progress(index + 1, "lower")
+                lowering(index + 1)
 
     def measure(
         self, jobs: Mapping[str, Job], progress: Callable[[str], None] = lambda job: None

@@ -22,11 +22,13 @@ ANSWER = {
 }  # fmt: skip
 
 
-class FakeAgent(CommandAgent):
-    """Loads for half a second, and calls for another."""
-
-    def install(self):
-        self._command = ("sh", "-c", f"sleep 1; echo '{json.dumps(ANSWER)}'", "sh")
+# Loads until the meter was read three times, and calls until it was read eight times more: however late the meter begins.
+AGENT = """
+cd "$1"; rm -f calling; : > readings
+until [ "$(grep -c . readings)" -ge 3 ]; do sleep 0.05; done
+touch calling
+until [ "$(grep -c CALLING readings)" -ge 8 ]; do sleep 0.05; done
+""".replace("CALLING", str(CALLING))
 
 
 @pytest.fixture
@@ -35,14 +37,20 @@ def board(tmp_path, monkeypatch):
     script = tmp_path / "bin" / "tegrastats"
     script.parent.mkdir()
     script.write_text(
-        f'#!{sys.executable}\nimport sys, time\nlog, start = open(sys.argv[4], "a"), time.monotonic()\n'
+        f'#!{sys.executable}\nimport os, sys, time\nlog = open(sys.argv[4], "a")\n'
         "while True:\n"
-        f"    power = {LOADING} if time.monotonic() - start < 0.45 else {CALLING}\n"
+        f"    power = {CALLING} if os.path.exists({str(tmp_path / 'calling')!r}) else {LOADING}\n"
         '    print(f"RAM 10/20MB VDD_IN {power}mW/{power}mW", file=log, flush=True)\n'
+        f"    print(power, file=open({str(tmp_path / 'readings')!r}, 'a'))\n"
         "    time.sleep(0.1)\n"
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+    class FakeAgent(CommandAgent):
+        def install(self):
+            self._command = ("sh", "-c", f"{AGENT}echo '{json.dumps(ANSWER)}'", "sh", str(tmp_path))
+
     monkeypatch.setitem(devices.agent.AGENTS, "native", FakeAgent)
     (tmp_path / "model.pte").write_bytes(b"")
     return tmp_path
@@ -52,12 +60,13 @@ def test_joules_are_those_of_the_calls_alone(board):
     with connect("host") as device:
         assert device.kind == "jetson"
         found = joules_a_call(device, {"a": Job(board / "model.pte"), "b": Job(board / "model.pte")})
-    # Eight watts for a tenth of a second each; a busy machine may start the meter late.
-    assert found == {"a": pytest.approx(0.8, rel=0.3), "b": pytest.approx(0.8, rel=0.3)}
+    assert found == {"a": pytest.approx(0.8), "b": pytest.approx(0.8)}, "eight watts for a tenth of a second"
 
 
 def test_a_meter_that_tells_nothing(board):
-    (board / "bin" / "tegrastats").write_text('#!/bin/sh\ntouch "$4"\n')
+    (board / "bin" / "tegrastats").write_text(
+        f'#!/bin/sh\ntouch "$4"; while sleep 0.05; do echo {CALLING} >> {board}/readings; done\n'
+    )
     with connect("host") as device, pytest.raises(DeviceError, match="0 samples of power"):
         joules_a_call(device, {"a": Job(board / "model.pte")})
 
