@@ -393,7 +393,10 @@ class Session:
         tensors: dict[str, Tensor] = {}
         if self.config.trains and self._begun:  # otherwise the weights are what they were
             tensors = self.trainer.state_tensors()
-        progress = {
+        save_state(self.work / STATE_FILE, tensors, self._progress())
+
+    def _progress(self) -> dict[str, Any]:
+        return {
             "identity": self.identity,
             "stage": self.stage,
             "tuned": self.tuned,
@@ -406,17 +409,21 @@ class Session:
             "trace": self.trace,
             "seconds": self.seconds,
         }
-        save_state(self.work / STATE_FILE, tensors, progress)
 
     def resume(self, *, evaluate: bool) -> None:
         """Take up the run whose checkpoint lies beside the output; see `start` for one that had not begun.
 
         Raises:
-            InputError: there is none, it is damaged, or it is of a run with other options.
+            InputError: there is none, it is damaged, or it is of a run with other options or of another version.
         """
         if self.work is None:
             raise InputError("resume needs the output folder of the interrupted run.")
         tensors, progress = load_state(self.work / STATE_FILE)
+        if missing := [name for name in self._progress() if name not in progress]:
+            raise InputError(
+                f"{str(self.work / STATE_FILE)!r} was written by another version of comp-edge: it does not say "
+                f"{missing[0]!r}; start afresh."
+            )
         for name, value in self.identity.items():
             if progress["identity"].get(name) != value:
                 raise InputError(

@@ -18,6 +18,7 @@ import torch
 import comp_edge
 from comp_edge.cli.main import main
 from comp_edge.errors import InputError
+from comp_edge.optim import load_state, save_state
 from comp_edge.session import FINE_TUNING, STATE_FILE
 from tests.comp_edge.killing import POINTS
 from tests.comp_edge.test_pruning import QUICK
@@ -73,6 +74,12 @@ def test_before_the_dense_model_is_scored(
     assert (tmp_path / "out.work" / STATE_FILE).stat().st_size < 100_000
     with pytest.raises(InputError, match="interrupted run had seed 0, this one has 1"):
         prune(make_model(), TinyVQA(processor), out=tmp_path / "out", seed=1, resume=True)
+    tensors, progress = load_state(tmp_path / "out.work" / STATE_FILE)
+    older = {name: value for name, value in progress.items() if name != "measured"}
+    save_state(tmp_path / "out.work" / STATE_FILE, tensors, older)
+    with pytest.raises(InputError, match="another version of comp-edge: it does not say 'measured'; start afresh"):
+        prune(make_model(), TinyVQA(processor), out=tmp_path / "out", resume=True)
+    save_state(tmp_path / "out.work" / STATE_FILE, tensors, progress)
     resumed = prune(make_model(), TinyVQA(processor), out=tmp_path / "out", resume=True)
     assert resumed.plan == prune(make_model(), TinyVQA(processor)).plan
     assert not (tmp_path / "out.work").exists()
