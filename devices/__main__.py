@@ -24,7 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (commands.ListCommand, commands.Run, commands.ProfileCommand, commands.FitCommand, commands.Import):
         command.add(subparsers)
     arguments = parser.parse_args(argv)
-    common.quiet_libraries()
 
     # As Ctrl-C: what was changed on a device is put back, what was brought there is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

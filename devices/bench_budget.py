@@ -67,18 +67,20 @@ def run(
     steps: int | None = None,
     decode_tokens: int = 0,
     quick: bool = False,
+    jobs: int = 1,
     on_progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Run what is missing, write `results.json`; returns what it holds.
 
     Args:
         steps: optimizer steps of each pass that trains; by default as many as `comp-edge prune` takes.
+        jobs: processes that lower the programs of the profile.
 
     Raises:
         InputError: the model, the task or the device cannot be used.
     """
     try:
-        measured = profile(device, model, out=out / PROFILE_FILE, on_progress=on_progress)
+        measured = profile(device, model, out=out / PROFILE_FILE, jobs=jobs, on_progress=on_progress)
         cost = DeviceCost(measured, decode_tokens=decode_tokens)
     except DeviceError as error:
         raise InputError(str(error)) from None

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from comp_edge.cli.common import quiet_libraries
 from comp_edge.plan import Plan
 from comp_edge.workers import begin_worker
 from devices.errors import DeviceError
@@ -50,8 +49,7 @@ def lowered_ahead(
         yield _one_by_one((lower(folder / "programs", one) for one in wanted), [folder / "programs"] * len(wanted))
         return
     context = multiprocessing.get_context("spawn")  # forked threads of torch would hang
-    begin = {"initializer": begin_worker, "initargs": (quiet_libraries,)}
-    with ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=context, **begin) as pool:
+    with ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=context, initializer=begin_worker) as pool:
         try:
             yield _in_batches(pool, lower, wanted, folder, jobs)
         except BrokenProcessPool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comp_edge.cli.common import Parser, count, print_json, quiet_libraries, run
+from comp_edge.cli.common import Parser, count, print_json, run
 
 if TYPE_CHECKING:
     from export.encoders import EncoderSource
@@ -82,7 +82,6 @@ def run_exporter(
         wrong: the exception for a program that is not right (asked for when libraries may be imported).
     """
     args = parser.parse_args(argv)
-    quiet_libraries()
 
     def command() -> int:
         error_type = wrong()

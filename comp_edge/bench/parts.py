@@ -77,14 +77,12 @@ def run_parts(
     list_jobs: Callable[[], Iterable[Job]],
     *,
     workers: int,
-    initialize: Callable[[], None],
     on_progress: Callable[[int, int, str], None],
 ) -> list[Failure]:
     """Run what is not finished, alone in a folder; returns the jobs that went wrong.
 
     Args:
         list_jobs: called when the folder is this run's.
-        initialize: called in every worker process; must be picklable.
         on_progress: how much is done, of how much, what is going on.
 
     Raises:
@@ -96,7 +94,6 @@ def run_parts(
         return run_jobs(
             jobs,
             workers=workers,
-            initialize=initialize,
             on_progress=lambda done, text: on_progress(done, total, text),
             on_end=lambda job, failure: None,
         )

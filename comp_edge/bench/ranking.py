@@ -114,13 +114,11 @@ def run(
     courses: Sequence[Course],
     *,
     workers: int,
-    initialize: Callable[[], None],
     on_progress: Callable[[int, int, str], None],
 ) -> list[Failure]:
     """Measure what is not measured yet, each course in a worker process of its own.
 
     Args:
-        initialize: called in every worker process; must be picklable.
 
     Returns:
         the courses that went wrong.
@@ -135,7 +133,7 @@ def run(
                 name = f"seed {course.seed}"
                 yield Job(name, functools.partial(run_course, course), POINTS * count, name)
 
-    return run_parts(courses[0].out, list_jobs, workers=workers, initialize=initialize, on_progress=on_progress)
+    return run_parts(courses[0].out, list_jobs, workers=workers, on_progress=on_progress)
 
 
 def run_course(course: Course, tell: Callable[[int, str], None]) -> None:

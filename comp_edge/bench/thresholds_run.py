@@ -96,13 +96,11 @@ def run(
     comparisons: Sequence[Comparison],
     *,
     workers: int,
-    initialize: Callable[[], None],
     on_progress: Callable[[int, int, str], None],
 ) -> list[Failure]:
     """Run what is not finished, each comparison in a worker process.
 
     Args:
-        initialize: called in every worker process; must be picklable.
 
     Returns:
         the comparisons that went wrong.
@@ -117,7 +115,7 @@ def run(
                 name = f"reduction {comparison.reduction} seed {comparison.seed}"
                 yield Job(name, functools.partial(run_comparison, comparison), cost, name)
 
-    return run_parts(comparisons[0].out, list_jobs, workers=workers, initialize=initialize, on_progress=on_progress)
+    return run_parts(comparisons[0].out, list_jobs, workers=workers, on_progress=on_progress)
 
 
 def run_comparison(comparison: Comparison, tell: Callable[[int, str], None]) -> None:

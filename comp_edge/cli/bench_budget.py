@@ -34,6 +34,9 @@ def add(kinds: Any) -> None:
     )
     parser.add_argument("--train-steps", type=common.count, metavar="N", help="optimizer steps of passes that train")
     parser.add_argument("--decode-tokens", type=common.natural, default=0, metavar="N", help="after the first")
+    parser.add_argument(
+        "--jobs", type=common.count, default=common.LOWERING_JOBS, metavar="N", help=common.LOWERING_HELP
+    )
     parser.add_argument("--quick", action="store_true", help="few budgets, few steps, one seed")
     parser.add_argument("--json", action="store_true", help="print results.json on stdout")
     parser.set_defaults(run=run)
@@ -59,6 +62,7 @@ def run(arguments: Any) -> None:
             steps=arguments.train_steps,
             decode_tokens=arguments.decode_tokens,
             quick=arguments.quick,
+            jobs=arguments.jobs,
             on_progress=update,
         )
     if arguments.json:

@@ -154,7 +154,6 @@ def _run(arguments: Any) -> list[dict[str, Any]]:
             workers=arguments.jobs,
             dense=arguments.dense,
             recipe=lambda target: _recipe(target, arguments.dense_steps),
-            initialize=common.quiet_libraries,
             on_progress=update,
         )
 

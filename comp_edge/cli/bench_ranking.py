@@ -91,7 +91,7 @@ def _run(arguments: Any) -> list[Any]:
         for seed in dict.fromkeys(arguments.seeds or (QUICK_SEEDS if quick else SEEDS))
     ]
     with common.progress_bar("bench ranking") as update:
-        return run_courses(courses, workers=arguments.jobs, initialize=common.quiet_libraries, on_progress=update)
+        return run_courses(courses, workers=arguments.jobs, on_progress=update)
 
 
 def _reduction(text: str) -> float:

@@ -93,5 +93,5 @@ def _run(arguments: Any) -> list[Any]:
     ]
     with common.progress_bar("bench thresholds") as update:
         return run_comparisons(
-            comparisons, workers=arguments.jobs, initialize=common.quiet_libraries, on_progress=update
+            comparisons, workers=arguments.jobs, on_progress=update
         )

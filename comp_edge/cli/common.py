@@ -1,18 +1,17 @@
-"""What all command lines share: errors, JSON on stdout, progress on stderr, quiet libraries."""
+"""What all command lines share: errors, JSON on stdout, progress on stderr."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from comp_edge.errors import InputError
+from comp_edge.quiet import quiet_libraries
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -79,23 +78,9 @@ def _number(text: str, accept: Callable[[float], bool], wanted: str) -> float:
     return value
 
 
-def quiet_libraries() -> None:
-    """Keep imports of the stack from writing warnings that a user can do nothing about."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore")
-    for name in ("torchao", "torch.utils._pytree", "coremltools", "executorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
 def run(command: Callable[[], Any], *, name: str) -> int:
-    """Run a command; turn what a user did into one sentence and an exit code."""
+    """Run a command, with quiet libraries; turn what a user did into one sentence and an exit code."""
+    quiet_libraries()
     try:
         result = command()
         return result if isinstance(result, int) else 0
@@ -165,5 +150,4 @@ def main(commands: Sequence[Any], *, parser: Parser, argv: Sequence[str] | None)
     for command in commands:
         command.add(sub)
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     return run(lambda: arguments.run(arguments), name=f"{parser.prog} {arguments.command}")

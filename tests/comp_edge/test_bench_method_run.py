@@ -283,7 +283,7 @@ def run_here(given: list[Job], workers: int = 1) -> tuple[list[Failure], list[st
     ended: list[str] = []
     told: list[tuple[int, str]] = []
     failures = run_jobs(
-        given, workers=workers, initialize=common.quiet_libraries, on_progress=lambda n, text: told.append((n, text)),
+        given, workers=workers, on_progress=lambda n, text: told.append((n, text)),
         on_end=lambda job, failure: ended.append(job.key),
     )  # fmt: skip
     return failures, ended, told

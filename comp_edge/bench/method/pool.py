@@ -82,14 +82,12 @@ def run_jobs(
     jobs: Sequence[Job],
     *,
     workers: int,
-    initialize: Callable[[], None],
     on_progress: Callable[[int, str], None],
     on_end: Callable[[Job, Failure | None], None],
 ) -> list[Failure]:
     """Run all jobs; with one worker in this process, otherwise in processes that die with this one.
 
     Args:
-        initialize: called in every worker process before its first job; must be picklable.
         on_progress: steps done in all jobs so far, what is going on in one of them.
         on_end: a job is over.
 
@@ -100,7 +98,7 @@ def run_jobs(
     if workers == 1:
         _run_here(board, on_progress, on_end)
     else:
-        _run_apart(board, min(workers, max(len(jobs), 1)), initialize, on_progress, on_end)
+        _run_apart(board, min(workers, max(len(jobs), 1)), on_progress, on_end)
     return list(board.failed.values())
 
 
@@ -154,13 +152,13 @@ class _Worker:
     done: int = 0
 
 
-def _run_apart(board: _Board, count: int, initialize: Any, on_progress: Any, on_end: Any) -> None:
+def _run_apart(board: _Board, count: int, on_progress: Any, on_end: Any) -> None:
     context = multiprocessing.get_context("spawn")  # forked threads of torch would hang
     finished = 0
 
     def hire() -> _Worker:
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, initialize), daemon=True)
+        process = context.Process(target=_serve, args=(there,), daemon=True)
         process.start()
         there.close()
         return _Worker(process, here)
@@ -202,9 +200,9 @@ def _run_apart(board: _Board, count: int, initialize: Any, on_progress: Any, on_
             worker.process.join()
 
 
-def _serve(connection: Connection, initialize: Callable[[], None]) -> None:
+def _serve(connection: Connection) -> None:
     """A worker: takes jobs, tells their progress as (steps, text), and answers with a failure or None."""
-    begin_worker(initialize)
+    begin_worker()
     with suppress(EOFError):
         while True:
             job, last = connection.recv(), 0.0

@@ -31,7 +31,6 @@ def run(
     workers: int,
     dense: Path | None,
     recipe: Callable[[Target], Recipe],
-    initialize: Callable[[], None],
     on_progress: Progress,
 ) -> list[dict[str, Any]]:
     """Run the cells that are not finished, and write results.json and table.md.
@@ -39,7 +38,6 @@ def run(
     Args:
         dense: a folder with dense models (see `find_dense`).
         recipe: how a target's dense models are trained.
-        initialize: called in every worker process; must be picklable.
         on_progress: optimizer steps done, all of them, what is going on.
 
     Returns:
@@ -78,7 +76,7 @@ def run(
                 write_results(out, ours=ours, command=command, failures=failures)
 
         tell(0, "begin")
-        for failure in run_jobs(jobs, workers=workers, initialize=initialize, on_progress=tell, on_end=end):
+        for failure in run_jobs(jobs, workers=workers, on_progress=tell, on_end=end):
             if failure.key in by_key:
                 failures.append({**by_key[failure.key].labels, "kind": failure.kind, "reason": failure.reason})
         write_results(out, ours=ours, command=command, failures=failures)
