@@ -17,8 +17,10 @@ examples:
   python -m devices fit host.json                                  how good predictions are, and what they rest on
   python -m devices fit host.json --plan pruned --decode-tokens 8  what a pruned model takes, by method and layer
   python -m devices run bundle/scheduled/model.pte --device adb://SERIAL --method prefill --json
+  python -m devices run bundle/scheduled --trace traces            where the time goes, kernel by kernel
   python -m devices import benchmark_results.json                  what somebody else has measured
 """
+TRACE_ROWS = 12  # operations that are told of a trace; all are in --json
 DEVICE_HELP = "host, ssh://[user@]host[:port] or adb://SERIAL"
 
 
@@ -105,6 +107,9 @@ class Run:
         parser.add_argument("--device", default="host", help=f"{DEVICE_HELP} (default: host)")
         parser.add_argument("--method", help="only this method")
         parser.add_argument("--energy", action="store_true", help="also joules a call, by a Jetson's tegrastats")
+        parser.add_argument(
+            "--trace", type=Path, metavar="FOLDER", help="also say where the time goes, and keep ETDump traces there"
+        )
         _measuring(parser)
 
     @staticmethod
@@ -113,14 +118,19 @@ class Run:
 
         from rich.table import Table
 
+        from comp_edge.files import check_writable
         from devices.agent.protocol import Job
         from devices.conditions import changed, fixed_clocks
         from devices.device import connect
         from devices.measuring import preset_named
         from devices.metering import check_meter, joules_a_call
         from devices.sitting import sit
+        from devices.tracing import check_tracer, trace_calls
 
         preset = preset_named(arguments.preset)
+        if arguments.trace is not None:
+            check_tracer(arguments.agent)
+            check_writable(arguments.trace)
         jobs = {}
         for path in map(_program, arguments.programs):
             for name in _methods(path, arguments.method):
@@ -141,20 +151,54 @@ class Run:
                 timings = sitting.measure(jobs, progress)
                 after = device.conditions()
             joules = joules_a_call(device, jobs, agent=arguments.agent) if arguments.energy else {}
+            traces = {}
+            if arguments.trace is not None:
+                traces = trace_calls(device, jobs, arguments.trace, agent=arguments.agent)
             info = device.info().model_dump(mode="json")
         _warn(changed(before, after))
         ms = {name: _figures(timing) for name, timing in timings.items()}
         for name, energy in joules.items():
             ms[name]["joules"] = energy
         if arguments.json:
-            common.print_json(
-                {"device": info, "threads": arguments.threads, "conditions": [before, after], "methods": ms}
-            )
+            found = {"device": info, "threads": arguments.threads, "conditions": [before, after], "methods": ms}
+            if arguments.trace is not None:
+                found["traces"] = _traces_json(traces)
+            common.print_json(found)
             return
-        table = Table("method", *next(iter(ms.values())))
-        for name, figures in ms.items():
-            table.add_row(name, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in figures.values()))
+        labels = {name: job.method if len(arguments.programs) == 1 else name for name, job in jobs.items()}
+        table = Table("ms")
+        for name in ms:
+            table.add_column(labels[name], overflow="fold", justify="right")
+        for figure in next(iter(ms.values())):
+            values = [figures[figure] for figures in ms.values()]
+            table.add_row(figure, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
         _console().print(table)
+        for name, (path, parts) in traces.items():
+            _print_trace(labels[name], path, parts)
+
+
+def _traces_json(traces: dict[str, Any]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        name: {"file": str(path), "parts": [asdict(part) for part in parts]} for name, (path, parts) in traces.items()
+    }
+
+
+def _print_trace(name: str, path: Path, parts: Any) -> None:
+    """What a call spends its time on, the longest first."""
+    from rich.table import Table
+
+    from devices.tracing import shares
+
+    table = Table("runs as", "what", "times", "ms", "share", title=f"{name}: {path}", title_justify="left")
+    found = shares(parts)
+    for one in found[:TRACE_ROWS]:
+        table.add_row(one.kind, one.name, str(one.count), f"{one.ms:.3f}", f"{one.share:.1%}")
+    if rest := found[TRACE_ROWS:]:
+        total = sum(one.ms for one in rest)
+        table.add_row("", f"{len(rest)} others", "", f"{total:.3f}", f"{sum(one.share for one in rest):.1%}")
+    _console().print(table)
 
 
 def _program(path: Path) -> Path:
