@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -165,9 +165,15 @@ def _draw_selection(axes: Axes, cells: Sequence[Record], methods: Sequence[str])
     for row, method in enumerate(methods):
         mine = [cell for cell in cells if cell["strategy"] == method]
         selection, scoring = ratios(mine, "selection_seconds"), ratios(mine, "scoring_seconds")
-        axes.barh(row, fmean(selection), height=0.6, color=color("vision-params"), linewidth=0)
+        axes.barh(row, median(selection), height=0.6, color=color("vision-params"), linewidth=0)
         axes.barh(
-            row, fmean(scoring), left=fmean(selection), height=0.6, color=color("vision-tokens"), alpha=0.5, linewidth=0
+            row,
+            median(scoring),
+            left=median(selection),
+            height=0.6,
+            color=color("vision-tokens"),
+            alpha=0.5,
+            linewidth=0,
         )
         axes.scatter(selection, [row] * len(selection), s=9, color=color("ink"), alpha=0.6, linewidths=0, zorder=3)
     axes.axvline(1, color=color("ink"), linewidth=0.8, linestyle=":")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
-from comp_edge.bench.method.statistics import Difference, Record, Spread, differences, spread, summary, unique
+from comp_edge.bench.method.statistics import Difference, Record, Spread, differences, summary, unique
 from comp_edge.report import words
 
 PLUS_MINUS = "\u00b1"
@@ -86,18 +86,19 @@ def _costs(cells: Sequence[Record]) -> str:
     lines = []
     for method in unique(cells, "strategy"):
         mine = [cell for cell in cells if cell["strategy"] == method]
-        selection, scoring = (spread(ratios(mine, name)) for name in ("selection_seconds", "scoring_seconds"))
+        selection, scoring = (median(ratios(mine, name)) for name in ("selection_seconds", "scoring_seconds"))
         lines.append([
-            _code(method), *(f"{fmean(cell[f'{name}_seconds'] for cell in mine):.1f} s" for name in
+            _code(method), *(f"{median(cell[f'{name}_seconds'] for cell in mine):.1f} s" for name in
                              ("training", "selection", "scoring")),
-            f"{selection.mean:.2f}", f"{scoring.mean:.2f}", f"{fmean(cell['stages'] for cell in mine):.1f}",
+            f"{selection:.2f}", f"{scoring:.2f}", f"{fmean(cell['stages'] for cell in mine):.1f}",
             words.amount(max(cell["peak_memory_bytes"] for cell in mine), "B"),
         ])  # fmt: skip
     head = [
         "cost of a cell", "training", "selection", "scoring", "selection / training", "scoring / training", "stages",
         "peak memory",
     ]  # fmt: skip
-    return markdown(head, lines)
+    note = "Medians over cells, for a cell that shared its core says little; stages are a mean, peak memory is the largest."
+    return f"{markdown(head, lines)}\n\n{note}"
 
 
 def ratios(cells: Sequence[Record], name: str) -> list[float]:
