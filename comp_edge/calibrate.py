@@ -69,7 +69,7 @@ class Collector:
     Besides them only sums are kept, and in `TokenStatistics` one number a token and layer.
 
     Args:
-        cip: weigh tokens; plain structured Wanda otherwise.
+        cip: weigh tokens by their normalised importance; plain structured Wanda otherwise.
         norm: how token importance is normalised.
     """
 
@@ -104,7 +104,7 @@ class Collector:
         self.tokens.scores.setdefault((stream, layer), []).append(normal.sort(1, descending=True).values)
         if layer == len(view.layers):
             return  # what the connector hands on is no input of a layer here
-        weights = token_weights(scores.float(), valid=valid, cls=cls) if self.cip else valid.float()
+        weights = token_weights(normal, valid=valid, cls=cls) if self.cip else valid.float()
         # CIP's feed-forward waits for the next layer's importance; plain Wanda counts every token of its own layer.
         last = layer == len(view.layers) - 1 or not self.cip
         ready, self._waiting = _split(
@@ -120,6 +120,17 @@ class Collector:
             inputs = waiting.inputs.reshape(len(weights), -1, waiting.inputs.shape[-1])
             energy = input_energy(inputs, _align(weights, kept, waiting.kept, inputs.shape[1]))
             self.energy[waiting.site] = self.energy.get(waiting.site, 0) + energy
+
+    def ranked_tokens(self) -> TokenStatistics:
+        """Importance of tokens.
+
+        Raises:
+            FloatingPointError: one was not finite.
+        """
+        for (stream, layer), batches in self.tokens.scores.items():
+            if not all(bool(scores.isfinite().all()) for scores in batches):
+                raise FloatingPointError(f"token importance in layer {layer} of stream {stream!r} is not finite")
+        return self.tokens
 
     def wanda(self) -> dict[Site, Tensor]:
         """Structured Wanda (CIP where asked for) of every unit, [units] per site.
@@ -149,12 +160,30 @@ def _align(weights: Tensor, kept: Tensor | None, wanted: Tensor | None, count: i
 
 @torch.no_grad()
 def collect(
-    model: Any, masks: UnitMasks, schedule: Schedule, batches: Iterable[dict[str, Tensor]], *, cip: bool, norm: Norm
+    model: Any,
+    masks: UnitMasks,
+    schedule: Schedule,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    cip: bool,
+    cit: bool,
+    norm: Norm,
 ) -> Collector:
-    """Run the calibration batches through the model and listen (see `Collector`)."""
+    """Run the calibration batches through the model and listen.
+
+    Args:
+        cip, norm: see `Collector`.
+        cit: token importance sees the head masks; otherwise removed heads have their say in it as they had before.
+    """
+    seen = schedule.head_masks
     with Collector(masks, schedule, cip=cip, norm=norm) as collector:
-        for batch in batches:
-            model(**model_inputs(model, batch))
+        try:
+            if not cit:
+                schedule.head_masks = {}
+            for batch in batches:
+                model(**model_inputs(model, batch))
+        finally:
+            schedule.head_masks = seen
     return collector
 
 

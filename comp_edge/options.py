@@ -76,7 +76,10 @@ def with_options(config: PruneConfig, text: str, *, where: str) -> PruneConfig:
             raise InputError(f"{where!r} gives {name!r} as {value!r}; it takes {wanted}.") from None
     inner = {field.name for field in dataclasses.fields(MPSConfig)} & set(found)
     mps = dataclasses.replace(config.mps, **{name: found.pop(name) for name in inner})
-    return dataclasses.replace(config, **found, mps=mps)
+    changed = dataclasses.replace(config, **found, mps=mps)
+    # As many steps between the stages in all as before, where nobody has said how many each of them takes.
+    shared = config.total_steps is not None and config == config.sharing(config.total_steps)
+    return changed.sharing(config.total_steps) if shared and "stage_steps" not in found else changed
 
 
 def option_kinds() -> dict[str, Any]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-WAYS = 3  # see `bracket`
+WAYS = 3  # at most, see `bracket`
 JUMPS = 3  # stages of a way that is walked for trial
 TRIAL = 0.2  # training steps of such a way, as a share of the pass's; half of them were too few (docs/method.md)
 ROWS = 2  # only one of so many parts of a training batch is used: steps tell more of a way's end than examples do
 # A way that drops more tokens must end with at most this share of the loss of one that drops fewer. A walk is far shorter than
 # the pass, and the steps that it lacks make good what parameters lost, and not what tokens knew (docs/method.md).
 CLEARLY = 0.25
+# Where half of the saving by tokens does not even bring this share of the loss without them, a quarter is not walked for trial.
+HOPEFUL = 0.5
 RESTING = 0.5  # share of these steps that are taken between the jumps; the rest recovers at the end
 
 
@@ -27,10 +29,13 @@ def bold(share: float, *, stages: int) -> float:
 
 
 def bracket(loss_of: Callable[[float], float]) -> dict[float, float]:
-    """Losses of shares of tokens in all that is saved: none, half, and then in the middle of the better side."""
+    """Losses of shares of tokens in all that is saved: none, half, and then between them or beyond where that may be better."""
     losses = {share: loss_of(share) for share in (0.0, 0.5)}
-    middle = 0.75 if _clearly(losses[0.5], losses[0.0]) else 0.25
-    return {**losses, middle: loss_of(middle)}
+    if _clearly(losses[0.5], losses[0.0]):
+        return {**losses, 0.75: loss_of(0.75)}
+    if losses[0.5] > HOPEFUL * losses[0.0]:
+        return losses
+    return {**losses, 0.25: loss_of(0.25)}
 
 
 def best(losses: dict[float, float]) -> float:

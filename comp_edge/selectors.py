@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comp_edge.calibrate import Collector, collect, gradient_scores
+from comp_edge.calibrate import Collector, TokenStatistics, collect, gradient_scores
 from comp_edge.masks import UnitMasks
 from comp_edge.proposals import Proposal, Proposer
 from comp_edge.schedule import Schedule
@@ -167,6 +167,7 @@ class ProbeSelector:
         why: dict[str, Any] = {}
         if not self.losses:
             self.losses = bracket(lambda share: _walk(setting, state, share))
+            self.ways = len(self.losses)
             ends = {share: loss if math.isfinite(loss) else None for share, loss in self.losses.items()}
             why = {"walks": [{"tokens": share, "loss": loss} for share, loss in ends.items()]}
         share = best(self.losses)
@@ -190,6 +191,7 @@ class ProbeSelector:
     def restore(self, value: Mapping[str, Any]) -> None:
         """What the walks ended with."""
         self.losses = {float(share): float(loss) for share, loss in value["losses"]}
+        self.ways = len(self.losses) if self.ways else 0
 
 
 def _walk(setting: Setting, state: State, share: float) -> float:
@@ -265,7 +267,14 @@ class Importances:
     def listened(self) -> Collector:
         """Statistics of forward passes: Wanda's, and token importance."""
         config, s = self.setting.config, self.setting
-        return collect(s.model, s.masks, s.schedule, s.calibration, cip=config.cip, norm=config.token_norm)
+        return collect(
+            s.model, s.masks, s.schedule, s.calibration, cip=config.cip, cit=config.cit, norm=config.token_norm
+        )
+
+    @cached_property
+    def tokens(self) -> TokenStatistics:
+        """Of every layer."""
+        return self.listened.ranked_tokens()
 
     @cached_property
     def units(self) -> dict[Site, Tensor]:
@@ -288,7 +297,7 @@ def propose(
 ) -> Proposal | None:
     """What a stage of parameters or tokens of these streams would do."""
     if kind == "tokens":
-        return setting.proposer.tokens_by_threshold(state, importance.listened.tokens, streams=streams, goal=goal)
+        return setting.proposer.tokens_by_threshold(state, importance.tokens, streams=streams, goal=goal)
     per_cost = comparable(setting)
     return setting.proposer.parameters(state, importance.units, streams=streams, goal=goal, per_cost=per_cost)
 
@@ -312,7 +321,7 @@ def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *,
     """Set masks and token counts on the way from one state to the next: `fade` 1 is the old one, 0 the new one.
 
     Args:
-        cit: token importance sees fading heads fade; otherwise it sees them until they are gone.
+        cit: the tokens that are kept while heads fade are chosen by what is left of those; otherwise by the whole heads.
     """
     masks.masks = {}
     for site, alive in new.alive.items():

@@ -111,7 +111,7 @@ def two_passes(model: Any, masks: UnitMasks, schedule: Any, batches: list, *, ci
 def test_parameter_importance(model, batches, schedule, cip):
     masks, active = set_up(model, schedule)
     expected = two_passes(model, masks, active, batches, cip=cip)
-    got = collect(model, masks, active, batches, cip=cip, norm="mean").wanda()
+    got = collect(model, masks, active, batches, cip=cip, cit=True, norm="mean").wanda()
     assert set(got) == set(expected) == set(masks.unit_sizes)
     for site in expected:
         torch.testing.assert_close(
@@ -122,9 +122,26 @@ def test_parameter_importance(model, batches, schedule, cip):
 def test_cip_differs_from_wanda(model, batches):
     """Otherwise the comparison above would prove nothing."""
     masks, active = set_up(model, "both")
-    cip, plain = (collect(model, masks, active, batches, cip=c, norm="mean").wanda() for c in (True, False))
+    cip, plain = (collect(model, masks, active, batches, cip=c, cit=True, norm="mean").wanda() for c in (True, False))
     correlations = [torch.corrcoef(torch.stack([cip[s], plain[s]]))[0, 1] for s in cip if s.kind == "ffn"]
     assert all(c < 0.999 for c in correlations)
+
+
+def test_without_cit_removed_heads_have_their_say(model, batches):
+    """As before they were removed; the drops of the pass itself see the mask again afterwards."""
+    masks, active = set_up(model, "dense")
+    site = next(site for site in masks.unit_sizes if site.kind == "heads" and site.stream == "vision")
+    mask = torch.ones(unit_count(masks.streams, site))
+    before = collect(model, masks, active, batches, cip=False, cit=True, norm="mean").tokens.scores
+    mask[1:] = 0
+    active.head_masks[(site.stream, site.layer)] = mask
+    seen, whole = (
+        collect(model, masks, active, batches, cip=False, cit=c, norm="mean").tokens.scores for c in (True, False)
+    )
+    place = (site.stream, site.layer)
+    assert active.head_masks[place] is mask
+    assert all(torch.equal(a, b) for a, b in zip(whole[place], before[place], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[place], before[place], strict=True))
 
 
 @torch.no_grad()
@@ -136,7 +153,7 @@ def test_token_importance_of_the_dense_model(model, batches):
     language = model(**inputs, output_attentions=True).attentions
     vision = model.model.vision_tower(pixel_values=batch["pixel_values"], output_attentions=True).attentions
     masks, active = set_up(model, "dense")
-    got = collect(model, masks, active, [batch], cip=True, norm="mean").tokens.scores
+    got = collect(model, masks, active, [batch], cip=True, cit=True, norm="mean").tokens.scores
     prompt = (batch["labels"] == -100) & (batch["attention_mask"] == 1)
     for stream, attentions in (("vision", vision), ("language", language)):
         valid = prompt if stream == "language" else None
@@ -149,7 +166,7 @@ def test_token_importance_of_the_dense_model(model, batches):
 def test_batches_add_up(model, batches):
     masks, active = set_up(model, "both")
     one, two, both = (
-        collect(model, masks, active, chosen, cip=True, norm="mean").energy
+        collect(model, masks, active, chosen, cip=True, cit=True, norm="mean").energy
         for chosen in (batches[:1], batches[1:], batches)
     )
     for site, energy in both.items():
@@ -166,7 +183,7 @@ def test_a_layer_without_live_heads(model, batches, stream, layer):
     active.head_masks[(stream, layer)] = torch.zeros(4)
 
     def energy(chosen: list) -> dict[Site, Tensor]:
-        return collect(model, masks, active, chosen, cip=True, norm="mean").energy
+        return collect(model, masks, active, chosen, cip=True, cit=True, norm="mean").energy
 
     both = energy(batches)
     assert set(both) >= set(masks.unit_sizes) - {dead}
@@ -179,7 +196,7 @@ def test_removed_units_have_no_importance(model, batches):
     masks, active = set_up(model, "dense")
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
     masks.masks = {Site("vision", 1, "heads"): mask}
-    got = collect(model, masks, active, batches, cip=True, norm="mean").wanda()
+    got = collect(model, masks, active, batches, cip=True, cit=True, norm="mean").wanda()
     assert ((got[Site("vision", 1, "heads")] > 0) == mask.bool()).all()
 
 
@@ -188,7 +205,7 @@ def test_the_collector_leaves_no_trace(model, batches):
     with torch.no_grad():
         before = model(**model_inputs(model, batches[0])).logits
     hooks = [len(masks.sink(site)._forward_pre_hooks) for site in masks.unit_sizes]
-    collector = collect(model, masks, active, batches, cip=True, norm="mean")
+    collector = collect(model, masks, active, batches, cip=True, cit=True, norm="mean")
     assert active.observe is None
     assert hooks == [len(masks.sink(site)._forward_pre_hooks) for site in masks.unit_sizes]
     with torch.no_grad():

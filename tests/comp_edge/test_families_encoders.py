@@ -331,7 +331,7 @@ def test_calibration_reaches_every_site(case: FamilyCase) -> None:
     plan = family_plan(model, reference(case, model), units=False)
     schedule = attach(model, plan.schedules)
     masks = UnitMasks(schedule.streams)
-    statistics = collect(model, masks, schedule, [case.inputs(3)], cip=True, norm="mean")
+    statistics = collect(model, masks, schedule, [case.inputs(3)], cip=True, cit=True, norm="mean")
     scores = statistics.wanda()
     assert set(scores) == set(sites(schedule.streams))
     assert all(torch.isfinite(value).all() and (value > 0).all() for value in scores.values())

@@ -26,6 +26,18 @@ def test_a_label_changes_what_it_names_and_nothing_else() -> None:
     assert parse_method("probe", base=expected).config == expected
 
 
+def test_other_stages_share_the_same_steps() -> None:
+    """Unless somebody says what each of them takes."""
+    base = PruneConfig().sharing(300)
+    for stages, each in ((8, 6), (16, 3), (32, 1)):
+        assert parse_method(f"comp:stages={stages}", base=base).config == dataclasses.replace(
+            base, stages=stages, stage_steps=each
+        )
+    assert parse_method("comp:stages=8,stage_steps=2", base=base).config.stage_steps == 2
+    assert parse_method("comp:stages=8", base=dataclasses.replace(base, stage_steps=2)).config.stage_steps == 2
+    assert parse_method("comp:stages=8", base=PruneConfig()).config == PruneConfig(stages=8)
+
+
 def test_every_option_of_the_configuration_can_be_given() -> None:
     """Also those that will be added: a type that the parser does not know fails here."""
     defaults = {**vars(BASE), **vars(BASE.mps)}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comp_edge.budget import Budget
-from comp_edge.scouting import JUMPS, RESTING, best, bold, bracket, rests
+from comp_edge.scouting import CLEARLY, HOPEFUL, JUMPS, RESTING, best, bold, bracket, rests
 from comp_edge.selectors import ProbeSelector, mixed
 from comp_edge.session import Session
 from tests.comp_edge.test_pruning import QUICK
@@ -21,11 +21,17 @@ from tests.comp_edge.test_pruning import QUICK
 
 @pytest.mark.parametrize(
     ("optimum", "looked_at", "taken"),
-    [(0.0, 0.25, 0.0), (0.3, 0.25, 0.25), (0.45, 0.75, 0.5), (0.7, 0.75, 0.75), (1.0, 0.75, 0.75)],
+    [(0.3, 0.25, 0.25), (0.45, 0.75, 0.5), (0.7, 0.75, 0.75), (1.0, 0.75, 0.75)],
 )
 def test_the_third_way_lies_on_the_better_side(optimum: float, looked_at: float, taken: float) -> None:
     losses = bracket(lambda share: (share - optimum) ** 2)
     assert list(losses) == [0.0, 0.5, looked_at] and best(losses) == taken
+
+
+@given(st.floats(0.001, 9), st.floats(0.001, 9), st.floats(0.001, 9))
+def test_a_third_way_is_walked_where_it_can_be_clearly_better(none: float, half: float, third: float) -> None:
+    losses = bracket({0.0: none, 0.5: half, 0.25: third, 0.75: third}.__getitem__)
+    assert (len(losses) == 3) == (half <= HOPEFUL * none) and (0.75 in losses) == (half <= CLEARLY * none)
 
 
 def test_more_tokens_have_to_end_clearly_better() -> None:
@@ -84,7 +90,8 @@ def test_nothing_of_a_walk_stays(session: Session) -> None:
     session.start(evaluate=False)
     session.model.eval()
     chosen, why = session.selector.select(session.setting, session.state, goal=0.1, stage=0)
-    assert len(trained) == 3 * session.setting.trial_steps > 0 and all("for trial" in where for where in trained)
+    ways = len(why["walks"])
+    assert len(trained) == ways * session.setting.trial_steps > 0 and all("for trial" in where for where in trained)
     assert {progress.phase for progress in told} == {"scout"} and all(progress.step == 0 for progress in told)
     assert [progress.done for progress in told] == list(range(1, len(trained) + 1))
     for name, tensor in session.model.state_dict().items():
@@ -93,10 +100,10 @@ def test_nothing_of_a_walk_stays(session: Session) -> None:
     assert all(bool((mask == 1).all()) for mask in session.masks.masks.values())
     assert session.schedule.tokens == {name: tuple(counts) for name, counts in session.state.tokens.items()}
     assert [walk["tokens"] for walk in why["walks"]][:2] == [0.0, 0.5] and chosen.saving >= 0.05
-    assert why["token_share"] == best(session.selector.losses)
+    assert why["token_share"] == best(session.selector.losses) and session.selector.ways == ways
 
     session.selector.select(session.setting, session.state, goal=0.1, stage=1)
-    assert len(trained) == 3 * session.setting.trial_steps  # the way is found once
+    assert len(trained) == ways * session.setting.trial_steps  # the way is found once
 
 
 def test_what_was_found_survives_a_checkpoint() -> None:

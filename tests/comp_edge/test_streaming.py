@@ -54,7 +54,7 @@ def test_wanda_and_token_statistics(make_model: Any, tiny_task: Any, cip: bool) 
     """What grows are the scores of tokens, one number each; an activation of a single layer would show at once."""
     model, seen = make_model(), []
     masks, schedule = set_up(model)
-    collector = collect(model, masks, schedule, watched(tiny_task, seen), cip=cip, norm="mean")
+    collector = collect(model, masks, schedule, watched(tiny_task, seen), cip=cip, cit=True, norm="mean")
     scores = sum(part.nbytes for parts in collector.tokens.scores.values() for part in parts) // BATCHES
     smallest = 12 * 6 * 32 * 4  # the input of the last language layer's smallest projection, of one batch
     growth = [b - a for a, b in itertools.pairwise(seen[1:])]
@@ -120,8 +120,10 @@ def test_what_is_not_finite_is_told(make_model: Any, tiny_task: Any) -> None:
     batches = list(itertools.islice(tiny_task.train_batches(0), 1))
     with torch.no_grad():
         model.model.vision_tower.encoder.layers[1].mlp.fc1.bias[3] = float("inf")
-    collector = collect(model, masks, schedule, batches, cip=False, norm="mean")
+    collector = collect(model, masks, schedule, batches, cip=False, cit=True, norm="mean")
     with pytest.raises(FloatingPointError, match="activations at the ffn of layer 1 in stream 'vision' are not finite"):
         collector.wanda()
+    with pytest.raises(FloatingPointError, match="token importance in layer 2 of stream 'vision' is not finite"):
+        collector.ranked_tokens()
     with pytest.raises(FloatingPointError, match="gradients at the .* are not finite"):
         gradient_scores(model, tiny_task, masks, batches, power=1)
