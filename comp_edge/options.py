@@ -48,6 +48,11 @@ def parse_method(label: str, *, base: PruneConfig) -> Method:
     return Method(label=label, strategy=name, config=with_options(base, options, where=label))
 
 
+def named_options(label: str) -> list[str]:
+    """The options that a label gives."""
+    return [part.partition("=")[0] for part in label.partition(":")[2].split(",") if part]
+
+
 def with_options(config: PruneConfig, text: str, *, where: str) -> PruneConfig:
     """A configuration with `NAME=VALUE,...` changed; NAME is a field of it or of its `mps`.
 

@@ -92,6 +92,4 @@ def _run(arguments: Any) -> list[Any]:
         for reduction in sorted(set(arguments.reductions or (QUICK_REDUCTIONS if quick else REDUCTIONS)))
     ]
     with common.progress_bar("bench thresholds") as update:
-        return run_comparisons(
-            comparisons, workers=arguments.jobs, on_progress=update
-        )
+        return run_comparisons(comparisons, workers=arguments.jobs, on_progress=update)

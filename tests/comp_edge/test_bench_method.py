@@ -208,6 +208,9 @@ def test_results_are_made_of_the_cells_alone(tmp_path: Path) -> None:
     assert [f["strategy"] for f in first["failures"]] == ["tokens"]
     assert len(first["cells"]) == len(CELLS) and all(set(KEYS) <= set(c) and "trace" not in c for c in first["cells"])
     assert write_results(tmp_path, ours="probe") == first == json.loads((tmp_path / "results.json").read_text())
+    for command, lines in (("d", "c\nd"), ("c", "c\nd")):
+        more = write_results(tmp_path, ours="probe", command=command, failures=[])
+        assert more["command"] == lines and more["failures"] == first["failures"], "of the runs before"
     assert len(load_cells(tmp_path)) == len(CELLS)
     drawn = write_pictures(tmp_path, ours="probe")
     assert [path.name for path in drawn] == ["accuracy.png", "modes.png", "selection.png"]

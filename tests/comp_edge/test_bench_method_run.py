@@ -182,9 +182,10 @@ def test_what_is_no_result(command: Any, tmp_path: Path, monkeypatch: pytest.Mon
     more_steps = functools.partialmethod(lambda self, stages: max(0, self.total_steps - stages * self.stage_steps) + 1)
     monkeypatch.setattr(PruneConfig, "steps_after", more_steps)
     assert main(command(tmp_path, "--strategies", "joint")) == 1
-    (failure,) = json.loads(capsys.readouterr().out)["failures"]
+    *before, failure = sorted(json.loads(capsys.readouterr().out)["failures"], key=lambda f: f["strategy"] == "joint")
     assert failure["kind"] == "failed" and "step 9 was taken; every cell of this run takes 8" in failure["reason"]
     assert not list((tmp_path / "cells").glob("*joint*"))
+    assert {f["strategy"] for f in before} == {"params", "tokens"}, "those of the run before stay"
 
 
 def fails(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
@@ -225,6 +226,8 @@ def test_other_options_in_the_same_folder(whole: Path, command: Any, dense: Path
     message = fails(capsys, command(whole, "--options", OPTIONS + ",lr=1e-4"))
     assert "holds tiny@" in message and "params 0.4 seeds 0/0 with lr None, this run has 0.0001" in message
     # Another cell, but other steps than those that are there.
+    other = fails(capsys, command(whole, "--strategies", "joint", "--options", f"{OPTIONS},distill=0.1"))
+    assert "with distill 0.7, this run has 0.1" in other, "a recovery that the cells beside it do not have"
     assert "with steps 8, this run has 9" in fails(capsys, command(whole, "--strategies", "joint", "--steps", 9))
     other = tmp_path / f"{slug(MODEL)}-0"
     for part in make_model(5):

@@ -41,21 +41,23 @@ def write_results(
     """Write results.json and table.md from the finished cells.
 
     Args:
-        command, failures: of the run; by default as they were written before. A failure whose cell is finished by now is
-            left out.
+        command: of the run, a line beside those of the runs before that filled the folder.
+        failures: what this run has learnt of cells that give no result, beside what those before have; a cell that is
+            finished by now has one.
 
     Returns:
         what results.json holds.
     """
     cells = load_cells(out)
     known = {} if not (out / RESULTS_FILE).is_file() else read_json(out / RESULTS_FILE, what="results")
-    command = known.get("command") if command is None else command
-    failures = known.get("failures", []) if failures is None else failures
+    lines = [line for line in (known.get("command"), command) if line]
+    command = "\n".join(dict.fromkeys("\n".join(lines).splitlines())) or None
+    by_place = {tuple(f[name] for name in PLACE): f for f in (*known.get("failures", []), *(failures or []))}
     done = {tuple(cell[name] for name in PLACE) for cell in cells}
     results: dict[str, Any] = {
         "command": command,
         "cells": [{key: value for key, value in cell.items() if key != "trace"} for cell in cells],
-        "failures": in_order(f for f in failures if tuple(f[name] for name in PLACE) not in done),
+        "failures": in_order(f for place, f in by_place.items() if place not in done),
     }
     write_json(out / RESULTS_FILE, results)
     write_text(out / TABLE_FILE, table(cells, failures=results["failures"], ours=ours, command=command))

@@ -16,9 +16,10 @@ from comp_edge.bench.method.results import load_cells, write_results
 from comp_edge.bench.parts import alone
 from comp_edge.errors import InputError
 from comp_edge.files import check_writable, read_json
+from comp_edge.options import named_options
 
-# Cells that differ in these cannot stand in one table.
-SHARED = ("steps", "test_examples")
+# What cells of one table may differ in: strategies decide these themselves where nobody else does, models and tasks differ.
+OWN = ("importance", "cip", "cit", "task", "dense_weights")
 Progress = Callable[[int, int, str], None]
 
 
@@ -64,23 +65,26 @@ def run(
         by_key = {cell.key: cell for cell in cells}
         finished, before = len(closed), sum(cell.steps for cell in closed)
         total = before + sum(job.steps for job in jobs)
-        failures: list[dict[str, Any]] = []
+        failures: dict[str, dict[str, Any]] = {}
 
         def tell(done: int, text: str) -> None:
             on_progress(before + done, total, f"{finished}/{len(cells)} cells, {text}")
 
         def end(job: Job, failure: Failure | None) -> None:
             nonlocal finished
-            if failure is None and job.key in by_key:
-                finished += 1
-                write_results(out, ours=ours, command=command, failures=failures)
+            if job.key in by_key:
+                finished += failure is None
+                book([] if failure is None else [failure])
+
+        def book(failed: Sequence[Failure]) -> None:
+            for one in failed:
+                if one.key in by_key:
+                    failures[one.key] = {**by_key[one.key].labels, "kind": one.kind, "reason": one.reason}
+            write_results(out, ours=ours, command=command, failures=list(failures.values()))
 
         tell(0, "begin")
-        for failure in run_jobs(jobs, workers=workers, on_progress=tell, on_end=end):
-            if failure.key in by_key:
-                failures.append({**by_key[failure.key].labels, "kind": failure.kind, "reason": failure.reason})
-        write_results(out, ours=ours, command=command, failures=failures)
-    return failures
+        book(run_jobs(jobs, workers=workers, on_progress=tell, on_end=end))
+    return list(failures.values())
 
 
 def list_jobs(cells: Sequence[Cell], models: dict[tuple[Target, int], DenseModel], out: Path) -> list[Job]:
@@ -108,12 +112,20 @@ def check_options(cells: Sequence[Cell], models: dict[tuple[Target, int], DenseM
             _compare(read_json(finished, what="cell").get("options", {}), now, cell.name, out)
         elif begun.is_file():
             _compare(read_json(begun, what="options"), now, cell.name, out)
-    wanted = [{name: value for name, value in cell.options(None).items() if name in SHARED} for cell in cells]
+    wanted = {cell.method.label: _shared(cell.method.label, cell.options(None)) for cell in cells}
     for other in load_cells(out):
-        shared = {name: other["options"].get(name) for name in SHARED}
+        shared = _shared(other["strategy"], other["options"])
         name = f"{other['model']} {other['strategy']} {other['reduction']}"
-        for now in wanted:
+        for now in wanted.values():
             _compare(shared, now, name, out)
+
+
+def _shared(label: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that every cell of a table must have alike: those that its label does not name."""
+    own = {*OWN, *named_options(label)}
+    if "stages" in own:
+        own.add("stage_steps")
+    return {name: value for name, value in options.items() if name not in own}
 
 
 def _compare(then: dict[str, Any], now: dict[str, Any], name: str, out: Path) -> None:
