@@ -17,11 +17,14 @@ from comp_edge.cost import MacsCost
 from comp_edge.families import family_of
 from comp_edge.families.base import StreamView
 from comp_edge.plan import LayerPlan, Plan, stream_plan
+from devices.latency.program import Program
 from devices.lowering import Wanted
 from devices.programs import Subject
 from export.encoder_methods import kind_of
 
 BLOCK_LAYERS = 2
+# Of methods that read one row: behind the last attention all but that row goes, so that layer 1 must not be the last.
+BLOCK_LAYERS_OF_ONE_ROW = 3
 BLOCKS = {"vision": 4, "language": 4}  # how many of each stream
 WHOLE_KEEP = (1.0, 0.6, 0.35, 0.2)  # shares of the MACs of the whole models; the first is dense
 LEAST = 0.15  # of a sub-layer's units, and of the tokens, in a block
@@ -134,7 +137,7 @@ class _Rates:
 
 def _blocks(subject: Subject, name: str, count: int, *, seed: int) -> list[PointSpec]:
     """Models of few layers in which one stream's widths and token counts are spread over their range (Sobol points)."""
-    model = subject.shallow({"vision": BLOCK_LAYERS, "language": BLOCK_LAYERS})
+    model = subject.shallow({"vision": BLOCK_LAYERS, "language": BLOCK_LAYERS} | {name: _block_layers(subject, name)})
     views, dense = family_of(model).streams(model), subject.dense(model)
     streams = [name, *(other for other, view in views.items() if view.follows == name)]
     layers = [len(views[stream].layers) for stream in streams]
@@ -147,12 +150,19 @@ def _blocks(subject: Subject, name: str, count: int, *, seed: int) -> list[Point
         last = row.pop()
         shares = {}
         for stream, length in zip(streams, layers, strict=True):
-            tokens = {point: last for point in views[stream].drop_points[-1:]}
+            tokens = {point: last for point in views[stream].drop_points[:1]}
             shares[stream] = Shares(tuple(row[:length]), tuple(row[length : 2 * length]), tokens)
             row = row[2 * length :]
         plan = thinned(model, dense, shares)
         points.append(PointSpec(f"{name}-{index}", "block", _layers(plan), plan, _methods_of(model, name)))
     return points
+
+
+def _block_layers(subject: Subject, name: str) -> int:
+    """Layers that a stream's blocks need, so that one of them computes on all of the tokens that are left behind a drop."""
+    program = Program(subject.shallow(None), room=subject.new_tokens)
+    runs = [run for run in program.runs if run.stream == name and not run.decodes]
+    return BLOCK_LAYERS if all(run.reading == "all" for run in runs) else BLOCK_LAYERS_OF_ONE_ROW
 
 
 def thinned(model: Any, dense: Plan, shares: dict[str, Shares]) -> Plan:

@@ -6,6 +6,7 @@ from comp_edge.cost import MacsCost
 from comp_edge.units import check_plan
 from devices.depth import with_layers
 from devices.errors import DeviceError
+from devices.latency.program import Program
 from devices.points import WHOLE_KEEP, choose_points, held_out_plans
 from devices.programs import Subject
 
@@ -43,6 +44,16 @@ def test_blocks_differ_in_every_size(subject):
         assert len({len(layer.heads) for stream in blocks for layer in stream.layers}) >= 3
         assert len({len(stream.layers[1].ffn) for stream in blocks}) >= 3
         assert len({stream.schedule[-1] for stream in blocks}) >= 3
+
+
+def test_a_layer_of_each_block_computes_on_what_a_drop_has_left(subject):
+    """Where one row is read, that takes a layer more: only keys and values of the last one see all tokens."""
+    program = Program(subject.shallow(None), room=subject.new_tokens)
+    for point in choose_points(subject):
+        for layers in program.layers_of(point.plan) if point.kind == "block" else ():
+            run = program.runs[layers.run]
+            if point.id.startswith(run.stream) and not run.decodes:
+                assert layers.tokens[-1] in [read for _, _, _, _, read, _, _ in program.steps(layers)], point.id
 
 
 def test_held_out_plans_are_others_of_all_sizes(subject):
