@@ -157,9 +157,10 @@ def choose(data: Data) -> tuple[dict[str, Choice], dict[str, np.ndarray]]:
 
 
 def score(rows: Rows, predicted: np.ndarray) -> float:
-    """Mean relative error, whole models counting as much as all points together."""
-    errors = np.abs(predicted / rows.ms - 1)
-    return float(errors.mean() if not rows.whole.any() else (errors.mean() + errors[rows.whole].mean()) / 2)
+    """Mean relative error, rows counting by their certainty, and whole models as much as all points together."""
+    errors, weight, whole = np.abs(predicted / rows.ms - 1), rows.certainty**2, rows.whole
+    everything = np.average(errors, weights=weight)
+    return float((everything + np.average(errors[whole], weights=weight[whole])) / 2 if whole.any() else everything)
 
 
 def _best(rows: Rows, found: Mapping[Choice, np.ndarray]) -> Choice:
@@ -217,19 +218,23 @@ def _solve(rows: Rows, features: int, pull: float, prior: np.ndarray | None) -> 
 
 def _curve(fitted: Fit, rows: Rows, *, curved: bool) -> Fit:
     """Scale and, if asked, slope from what whole models took."""
-    sums = (rows.columns @ fitted.coefficients)[rows.whole]
-    ms = rows.ms[rows.whole][sums > 0]
-    logs = np.log(sums[sums > 0])
-    if not len(logs):
+    sums = rows.columns @ fitted.coefficients
+    used = rows.whole & (sums > 0)
+    if not used.any():
         return fitted
-    rest = np.log(ms) - logs
-    scatter = max(rest.var(ddof=1), FLOOR**2) if len(rest) > 1 else USUAL**2
+    logs = np.log(sums[used])
+    rest = np.log(rows.ms[used]) - logs
+    # In points as certain as the most certain one: what never settled can only be too slow.
+    weight = (rows.certainty[used] / rows.certainty[used].max()) ** 2
+    center, mean = np.average(logs, weights=weight), np.average(rest, weights=weight)
+    count = len(rest)
+    scatter = max((weight * (rest - mean) ** 2).sum() / (count - 1), FLOOR**2) if count > 1 else USUAL**2
     held = scatter / USUAL**2  # in points that say 1
-    fitted = replace(fitted, center=float(logs.mean()), shift=float(rest.sum() / (len(rest) + held)))
-    if not curved or len(rest) < 4:
+    fitted = replace(fitted, center=float(center), shift=float((weight * rest).sum() / (weight.sum() + held)))
+    if not curved or count < 4:
         return fitted
-    centered = logs - logs.mean()
-    slope = (centered * rest).sum() / ((centered**2).sum() + RIDGE)
+    centered = logs - center
+    slope = (weight * centered * rest).sum() / ((weight * centered**2).sum() + RIDGE)
     return replace(fitted, slope=float(np.clip(slope, -0.5, 0.5)))
 
 

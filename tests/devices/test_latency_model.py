@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from comp_edge.units import dense_plan
 from devices.errors import DeviceError
 from devices.latency import LatencyModel, accuracy
 from devices.latency.features import FEATURES
-from devices.latency.fitting import Rows, choose, fit
+from devices.latency.fitting import Choice, Rows, choose, fit, score
 from devices.profiles import Profile
 from tests.devices.latency_machine import TEXT, Machine, clip_config, llava_config, make_profile, random_plan
 
@@ -369,3 +370,16 @@ def test_whole_models_get_a_curve_only_where_it_helps(exponent, curved):
     assert accuracy(fresh.ms, found.predict(fresh))["mape"] < 0.03
     totals = [found.curve(total) for total in (0.0, 1e-9, 1.0, 2.0, 50.0)]
     assert totals[0] == 0 and totals == sorted(totals)
+
+
+def test_what_never_settled_hardly_counts():
+    """Half of the whole models were measured while something else ran: they say nothing of how whole models differ."""
+    rows = rows_with(1.0)
+    disturbed = np.arange(20) >= 15
+    rows = replace(rows, ms=rows.ms * np.where(disturbed, 1.3, 1.0), noise=np.where(disturbed, 0.05, 0.005))
+    found = fit({"prefill": rows}, {"prefill": Choice(0, 0.03)})["prefill"]
+    assert abs(found.shift) < 0.02
+    quiet = rows.take(~disturbed)
+    assert score(rows, rows.ms * np.where(disturbed, 0.7, 1.02)) == pytest.approx(
+        score(quiet, quiet.ms * 1.02), abs=0.02
+    )
