@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,16 +26,18 @@ class Preset:
 
     Attributes:
         rounds: turns of each subject.
-        iterations: calls of a turn, at least;
+        iterations: calls of a turn, or as many as fit into `max_seconds`, but one at least;
         min_seconds: and a turn goes on for at least so long.
         samples, seconds: further rounds are taken until a subject has so many samples, or has run for so long.
-        patience: seconds that disturbed rounds, and those that are to find agreement, may take before what there is has to do.
+        patience: seconds that disturbed rounds, and those that are to find agreement, may take before what there is has to do;
+            starting, loading, warming up and the anchor included. As many rounds as are wanted are taken in any case.
     """
 
     name: str
     rounds: int
     iterations: int
     min_seconds: float
+    max_seconds: float = 1.0
     warmup: int = 1
     samples: int = 0
     seconds: float = 0.0
@@ -90,16 +93,27 @@ class _Turns:
     preset: Preset
     rounds: list[_Round] = field(default_factory=list)
     disturbed: list[_Round] = field(default_factory=list)
+    calls: list[float] = field(default_factory=list)  # all, disturbed ones too
     first: Answer | None = None
     peak: int = 0
     spent: float = 0.0  # seconds beyond what a quiet device would need
 
-    def book(self, answer: Answer, quiet: tuple[float, ...], anchor: float | None) -> None:
-        """Take note of a round, of which some calls, or none, were quiet."""
+    def timed(self, job: Job) -> Job:
+        """The job of the next round."""
+        preset, calls = self.preset, self.preset.iterations
+        if self.calls:  # of a job whose calls may take seconds the first round says so
+            calls = min(calls, int(preset.max_seconds * 1000 / max(min(self.calls), 1e-6)))
+        else:
+            calls = 1
+        return replace(job, warmup=preset.warmup, iterations=max(calls, 1), min_seconds=preset.min_seconds)
+
+    def book(self, answer: Answer, quiet: tuple[float, ...], anchor: float | None, *, seconds: float) -> None:
+        """Take note of a round, of which some calls, or none, were quiet, and which kept the device busy for so long."""
         self.first = self.first or answer
         self.peak = max(self.peak, answer.peak_rss_kb or 0)
         if self.complete or not quiet:
-            self.spent += answer.total_ms / 1000
+            self.spent += seconds
+        self.calls.extend(answer.wall_ms)
         if quiet:
             self.rounds.append((quiet, anchor))
         else:
@@ -107,10 +121,10 @@ class _Turns:
 
     @property
     def complete(self) -> bool:
-        """Whether there are as many rounds and samples as the preset wants."""
-        samples = sum(len(samples) for samples, _ in self.rounds)
-        seconds = sum(sum(samples) for samples, _ in self.rounds) / 1000
-        enough = samples >= self.preset.samples or (self.preset.seconds > 0 and seconds >= self.preset.seconds)
+        """Whether there are as many quiet rounds, and as many samples, as the preset wants."""
+        enough = len(self.calls) >= self.preset.samples
+        if self.preset.seconds > 0:
+            enough = enough or sum(self.calls) / 1000 >= self.preset.seconds
         return len(self.rounds) >= self.preset.rounds and enough
 
     @property
@@ -122,9 +136,7 @@ class _Turns:
     @property
     def given_up(self) -> bool:
         """Whether there is no patience left."""
-        wanted, quiet = self.preset.rounds, len(self.rounds)
-        tired = len(self.disturbed) > max(wanted, quiet) or (self.complete and quiet >= 2 * wanted)
-        return tired and self.spent >= self.preset.patience
+        return len(self.rounds) + len(self.disturbed) >= self.preset.rounds and self.spent > self.preset.patience
 
     def measurement(self) -> Measurement:
         """With as many rounds as are wanted, completed by the fastest of the disturbed ones."""
@@ -135,14 +147,21 @@ class _Turns:
             rejected=len(self.disturbed),
             settled=self.settled,
             anchor_ms=tuple(anchor for _, anchor in rounds),
+            disturbed=self._others(rounds),
             load_ms=self.first.load_ms,
             first_ms=self.first.first_ms,
             peak_rss_kb=self.peak or None,
         )
 
+    def _others(self, rounds: list[_Round]) -> tuple[float, ...]:
+        """The calls that are in none of these rounds."""
+        left = Counter(self.calls)
+        left.subtract(ms for samples, _ in rounds for ms in samples)
+        return tuple(left.elements())
+
 
 def measure(
-    agent: Agent,
+    agent: Stopwatch,
     jobs: Mapping[str, Job],
     *,
     anchor: Job,
@@ -153,9 +172,9 @@ def measure(
     """Time jobs in turns: in each round every job once, between two runs of the anchor.
 
     Of a round only the calls count whose beats were quiet. A round whose anchor drifted by more than 5 %, or that has no quiet
-    call, is repeated, and further ones are taken until the three fastest of a job lie within 5 %: both as often as there are
-    rounds, and more often while the preset has patience. When even then there are not enough quiet ones, the fastest of the
-    disturbed ones count, too; the measurement says that it is not settled.
+    call, is repeated, and further ones are taken until the three fastest of a job lie within 5 %: both while the preset has
+    patience. When even then there are not enough quiet ones, the fastest of the disturbed ones count, too; the measurement
+    says that it is not settled. Percentiles are of all calls, whatever disturbed them.
 
     Args:
         jobs: by name; how long they run is the preset's to say.
@@ -165,33 +184,33 @@ def measure(
         DeviceError: a job failed, or the device has gone.
     """
     turns = {name: _Turns(preset) for name in jobs}
-    before = _anchor(agent, anchor, drift)
+    before, spent = _anchor(agent, anchor, drift), dict.fromkeys(jobs, 0.0)
     while waiting := [name for name, found in turns.items() if not (found.settled or found.given_up)]:
         taken: dict[str, Answer] = {}
         for name in waiting:
             progress(name)
-            taken[name] = run_job(agent, _timed(jobs[name], preset))
+            started = agent.seconds
+            taken[name] = run_job(agent, turns[name].timed(jobs[name]))
+            spent[name] = agent.seconds - started
+        started = agent.seconds
         after = _anchor(agent, anchor, drift)
+        shared = (agent.seconds - started) / len(waiting)
         disturbed = drift.disturbed(before, after)
         worse = max((anchor for anchor in (before, after) if anchor is not None), default=None)
         for name, answer in taken.items():
             quiet = drift.quiet(answer)
-            turns[name].book(answer, () if disturbed else quiet, worse)
+            turns[name].book(answer, () if disturbed else quiet, worse, seconds=spent[name] + shared)
         before = after
     return {name: found.measurement() for name, found in turns.items()}
 
 
-def run_job(agent: Agent, job: Job) -> Answer:
+def run_job(agent: Agent | Stopwatch, job: Job) -> Answer:
     """A job with the time-out that it needs."""
     calls = job.warmup + job.iterations
     return agent.run(job, timeout=STARTING + job.min_seconds + calls * SLOW_CALL)
 
 
-def _timed(job: Job, preset: Preset) -> Job:
-    return replace(job, warmup=preset.warmup, iterations=preset.iterations, min_seconds=preset.min_seconds)
-
-
-def _anchor(agent: Agent, anchor: Job, drift: Drift) -> float | None:
+def _anchor(agent: Stopwatch, anchor: Job, drift: Drift) -> float | None:
     """Milliseconds that the anchor takes: its fastest call, if any was quiet."""
     return min(drift.quiet(run_job(agent, anchor)), default=None)
 

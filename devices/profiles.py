@@ -25,16 +25,21 @@ Name = Annotated[str, Field(max_length=256)]
 
 
 class Measurement(Strict):
-    """Milliseconds a call of one method, by round; rounds that were disturbed are kept apart and not counted.
+    """Milliseconds a call of one method, by round.
+
+    What a call takes when nothing disturbs it, and how far that spreads, is said by the calls that nothing disturbed as far as
+    could be seen; percentiles are of all calls that were made, for a device that throttles does so to whoever uses it.
 
     Attributes:
-        rounds: samples of each round that counts.
+        rounds: undisturbed calls of each round that counts; where such rounds are too few, all calls of the fastest others.
+        disturbed: all other calls: beside a beat or an anchor that was slow.
         rejected: how many rounds were repeated because something disturbed them.
         settled: False where rounds were still disturbed, or did not agree, when no more repetitions were allowed.
         anchor_ms: of each round that counts: what the anchor took beside it, where that was quiet.
     """
 
     rounds: Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=1)]
+    disturbed: tuple[Milliseconds, ...] = ()
     rejected: Count = 0
     settled: bool = True
     anchor_ms: tuple[Milliseconds | None, ...] = ()
@@ -44,8 +49,8 @@ class Measurement(Strict):
 
     @property
     def samples(self) -> list[float]:
-        """All counted samples, ascending."""
-        return sorted(sample for samples in self.rounds for sample in samples)
+        """All calls, ascending."""
+        return sorted([*self.disturbed, *(sample for samples in self.rounds for sample in samples)])
 
     @property
     def steady(self) -> float:
@@ -56,7 +61,7 @@ class Measurement(Strict):
         return self._fastest[: 1 + self.settled][-1]
 
     def percentile(self, percent: float) -> float:
-        """Nearest rank, over all counted samples."""
+        """Nearest rank, over all calls."""
         return percentile(self.samples, percent)
 
     @property

@@ -36,6 +36,7 @@ class SimulatedAgent:
         self.forgotten: list[str] = []
         self.installed = 0
         self.form = "pte"
+        self.seconds = 0.0  # that it was at work, as a stopwatch would say
 
     def install(self) -> None:
         self.installed += 1
@@ -47,9 +48,11 @@ class SimulatedAgent:
         ms = self.anchor(before) if job.program.name == ANCHOR else self.takes(job, before)
         calls = max(job.iterations, int(job.min_seconds * 1000 / ms))
         factors, beats = [1.0] * calls, ()
+        self.seconds += (1.0 + job.warmup * ms) / 1000
         if self.slow is not None and job.program.name != ANCHOR:
             factors = [self.slow(before, call) for call in range(calls)]
             beats = (1.0, *factors)
+        self.seconds += ms * sum(factors) / 1000
         return Answer(
             schema=1,
             agent="simulated",
