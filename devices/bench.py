@@ -19,6 +19,7 @@ from comp_edge.plan import Plan
 from devices.device import Device, connect
 from devices.errors import DeviceError
 from devices.latency import LatencyModel, accuracy
+from devices.latency.accuracy import proportional
 from devices.loop import request_ms
 from devices.lowering import Wanted
 from devices.measuring import PRESETS
@@ -100,7 +101,9 @@ def run(
 def summarize(results: dict[str, tuple[LatencyModel, list[Compared], float]]) -> dict[str, Any]:
     """Errors over all models' plans (ranks are compared within a model), and of each model.
 
-    `measurements` and `device_seconds` are of the most demanding profile.
+    `measurements`, `device_seconds` and `overhead` are of the most demanding profile. `overhead` is the share of time that
+    the device was busy beyond the calls of what is measured, those to warm up included: starting and loading programs, anchors,
+    beats.
     """
     models = {name: _judged(*result) for name, result in results.items()}
     everything = [(row, dense) for _, rows, dense in results.values() for row in rows]
@@ -115,6 +118,7 @@ def summarize(results: dict[str, tuple[LatencyModel, list[Compared], float]]) ->
         "macs_proportional": plain,
         "measurements": max(m["measurements"] for m in models.values()),
         "device_seconds": max(m["device_seconds"] for m in models.values()),
+        "overhead": max((m["overhead"] for m in models.values() if m["overhead"] is not None), default=None),
         "models": models,
     }
     error, other = ours["whole_model"]["mape"], plain["whole_model"]["mape"]
@@ -137,6 +141,7 @@ def _judged(model: LatencyModel, rows: list[Compared], dense: float) -> dict[str
         "macs_proportional": plain,
         "measurements": model.profile.measurements,
         "device_seconds": model.profile.seconds,
+        "overhead": model.profile.overhead,
         "dense_ms": dense,
         "fit": model.report(),
         "plans": [
@@ -185,8 +190,7 @@ def _one(
 
     timings = _timed(subject, plans, folder / PLANS, device, **options, on_progress=comparing)
     cost = MacsCost(subject.shallow(None), decode_tokens=model.decode_tokens)
-    dense_plan, dense = _dense(measured, model)
-    rate = dense / cost.predict(dense_plan)
+    rate = ms_per_mac(measured, model, cost)
     rows = [
         Compared(
             plan=plan,
@@ -199,14 +203,19 @@ def _one(
         )
         for plan, timing in zip(plans, timings, strict=True)
     ]
-    return model, rows, dense
+    return model, rows, _requests(measured, model)[0][1]
 
 
-def _dense(measured: Profile, model: LatencyModel) -> tuple[Plan, float]:
-    """The dense point's plan, and what a request takes in it."""
-    point = next(point for point in measured.points if point.kind == "whole")
-    plan = point.parsed_plan()
-    return plan, request_ms(model, plan, point.methods)
+def ms_per_mac(measured: Profile, model: LatencyModel, cost: MacsCost) -> float:
+    """What MACs alone would make of a profile's whole models; in `LatencyModel.report` they are given the same."""
+    requests = _requests(measured, model)
+    return proportional([cost.predict(plan) for plan, _ in requests], [ms for _, ms in requests])
+
+
+def _requests(measured: Profile, model: LatencyModel) -> list[tuple[Plan, float]]:
+    """The plans of a profile's whole models, the dense one first, and milliseconds of a request in each."""
+    whole = [(point.parsed_plan(), point.methods) for point in measured.points if point.kind == "whole"]
+    return [(plan, request_ms(model, plan, methods)) for plan, methods in whole]
 
 
 def _timed(

@@ -94,6 +94,7 @@ class _Turns:
     rounds: list[_Round] = field(default_factory=list)
     disturbed: list[_Round] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)  # all, disturbed ones too
+    warmed: float = 0.0  # milliseconds of calls to warm up
     first: Answer | None = None
     peak: int = 0
     spent: float = 0.0  # seconds beyond what a quiet device would need
@@ -114,6 +115,7 @@ class _Turns:
         if self.complete or not quiet:
             self.spent += seconds
         self.calls.extend(answer.wall_ms)
+        self.warmed += answer.first_ms * self.preset.warmup
         if quiet:
             self.rounds.append((quiet, anchor))
         else:
@@ -148,6 +150,7 @@ class _Turns:
             settled=self.settled,
             anchor_ms=tuple(anchor for _, anchor in rounds),
             disturbed=self._others(rounds),
+            called_ms=self.warmed + sum(self.calls),
             load_ms=self.first.load_ms,
             first_ms=self.first.first_ms,
             peak_rss_kb=self.peak or None,

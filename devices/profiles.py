@@ -36,6 +36,7 @@ class Measurement(Strict):
         rejected: how many rounds were repeated because something disturbed them.
         settled: False where rounds were still disturbed, or did not agree, when no more repetitions were allowed.
         anchor_ms: of each round that counts: what the anchor took beside it, where that was quiet.
+        called_ms: all calls together, those to warm up included.
     """
 
     rounds: Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=1)]
@@ -43,6 +44,7 @@ class Measurement(Strict):
     rejected: Count = 0
     settled: bool = True
     anchor_ms: tuple[Milliseconds | None, ...] = ()
+    called_ms: Milliseconds | None = None
     load_ms: Milliseconds | None = None
     first_ms: Milliseconds | None = None
     peak_rss_kb: Count | None = None
@@ -162,6 +164,14 @@ class Profile(Strict):
     def measurements(self) -> int:
         """Methods that were timed."""
         return sum(len(point.methods) for point in self.points)
+
+    @property
+    def overhead(self) -> float | None:
+        """What else the device was busy with, as a share of the seconds of calls; None where those were not counted."""
+        called = [m.called_ms for point in self.points for m in point.methods.values()]
+        if not called or None in called or not sum(called):
+            return None
+        return self.seconds * 1000 / sum(called) - 1
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

@@ -12,17 +12,18 @@ import devices.loop
 import devices.lowering
 import devices.sitting
 from comp_edge.correction import Described, Measurable
-from comp_edge.cost import Cost
+from comp_edge.cost import Cost, MacsCost
 from comp_edge.errors import InputError
 from comp_edge.structure import empty_model
 from comp_edge.units import dense_plan
 from devices.agent.protocol import Job
-from devices.bench import Compared, summarize
+from devices.bench import Compared, ms_per_mac, summarize
 from devices.bench_budget import summarize as summarize_budgets
 from devices.errors import DeviceError, DeviceGone
 from devices.loop import DeviceCost, cost_of
+from devices.profiles import Point
 from devices.programs import Program
-from tests.devices.latency_machine import TEXT, Machine, clip_config, llava_config, make_profile
+from tests.devices.latency_machine import RATE, TEXT, Machine, clip_config, llava_config, make_profile
 from tests.devices.simulated import ANCHOR, SimulatedAgent, SimulatedDevice
 
 
@@ -136,6 +137,26 @@ def test_errors_of_a_benchmark(profile, dense):
     assert found["measurements"] == profile.measurements and not found["warnings"]
     rows = [Compared(dense, m, float(m), 1.15 * m, 1.2 * m, 0.1) for m in (2, 4)]
     assert "not 2 times better" in summarize({"a": (cost, rows, 10.0)})["warnings"][0]
+
+
+def test_macs_alone_are_given_all_whole_models():
+    """A dense model that was disturbed is one of five: it does not decide what a MAC takes."""
+    made = make_profile(clip_config(), lambda model: Machine(model, plain=True, noise=0.0), whole=5)
+    dense = made.points[0].model_dump(mode="json")
+    for method in dense["methods"].values():
+        method["rounds"] = [[2 * ms for ms in samples] for samples in method["rounds"]]
+    slow = made.model_copy(update={"points": (Point(**dense), *made.points[1:])})
+    cost, fitted = MacsCost(empty_model(clip_config())), DeviceCost(made).model
+    assert ms_per_mac(made, fitted, cost) == pytest.approx(1e-6 / RATE, rel=0.15)
+    assert ms_per_mac(slow, fitted, cost) < 1.25 * ms_per_mac(made, fitted, cost)
+
+
+def test_overhead_is_what_calls_do_not_take(profile):
+    assert profile.overhead is None, "calls were not counted"
+    point = profile.points[0]
+    counted = {name: m.model_copy(update={"called_ms": 1000.0}) for name, m in point.methods.items()}
+    one = profile.model_copy(update={"points": (point.model_copy(update={"methods": counted}),), "seconds": 4.5})
+    assert one.overhead == pytest.approx(0.5)
 
 
 def test_a_benchmark_says_what_was_never_quiet(profile, dense):

@@ -26,6 +26,10 @@ def test_jobs_take_turns_between_anchors():
     assert [job.method for job in agent.jobs if job.program.name != ANCHOR] == ["fast", "slow"] * 3
     assert found["fast"].steady == 1.0 and found["slow"].steady == 7.0
     assert found["slow"].rejected == 0 and found["slow"].settled and len(found["slow"].rounds) == 3
+    calls = sum(job.iterations for job in agent.jobs if job.method == "slow")
+    assert found["slow"].called_ms == 7.0 * calls + 3 * 14.0, (
+        "with a call to warm up in each round, which takes twice as long"
+    )
     assert found["slow"].peak_rss_kb > 1000 and found["slow"].first_ms == 14.0
 
 

@@ -12,7 +12,11 @@ from devices.tracing import Share, shares
 
 
 def test_parts_of_one_name_are_one_row():
-    parts = [Part("delegated", "gemm #1", 0, 1.0), Part("portable", "gemm", 1, 0.5), Part("delegated", "gemm #12", 2, 2.0)]
+    parts = [
+        Part("delegated", "gemm #1", 0, 1.0),
+        Part("portable", "gemm", 1, 0.5),
+        Part("delegated", "gemm #12", 2, 2.0),
+    ]
     assert shares([*parts, Part("rest", "rest", -1, 0.5)]) == [
         Share("delegated", "gemm", 2, 3.0, 0.75),
         Share("portable", "gemm", 1, 0.5, 0.125),
