@@ -21,6 +21,7 @@ from comp_edge.card import write_card
 from comp_edge.checkpoint import write_model
 from comp_edge.correction import Correction, Described
 from comp_edge.cost import MacsCost
+from comp_edge.digests import fingerprint
 from comp_edge.errors import InputError
 from comp_edge.families import family_of
 from comp_edge.feasibility import (
@@ -107,8 +108,11 @@ class Session:
             "seed": seed,
             "deploy": deploy,
             "base": base,
+            "weights": fingerprint(model),
+            "task": getattr(task, "name", type(task).__name__),
             "budget": budget.to_json(),
             "cost": self.cost.name,
+            "dense_cost": self.dense_cost,
             "target": self.target,
             "config": {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in FREE},
         }
@@ -150,6 +154,7 @@ class Session:
         self.dense_test_score: float | None = None
         self.trace: list[dict[str, Any]] = []
         self.seconds = {"training": 0.0, "selection": 0.0, "scoring": 0.0}
+        self.peak = 0  # resident bytes, of what came before the present stage
 
     @property
     def target(self) -> float:
@@ -216,6 +221,7 @@ class Session:
             return_memory()
         else:
             collect_garbage()
+        self.peak = max(self.peak, peak_bytes())
         reset_peak()
         goal = min((1 - self.target) / self.config.stages, cost - self.target)
         self.model.eval()
@@ -359,7 +365,7 @@ class Session:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "measured": self.correction.found,
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
-            "peak_memory_bytes": max([peak_bytes(), *(stage["peak_memory_bytes"] for stage in self.trace)]),
+            "peak_memory_bytes": max(self.peak, peak_bytes(), *(stage["peak_memory_bytes"] for stage in self.trace)),
         }
         if evaluate:
             metrics["pruned"]["test_score"] = self._test(self.model)

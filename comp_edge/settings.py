@@ -6,11 +6,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from comp_edge.errors import InputError
 from comp_edge.importance import Norm
 from comp_edge.plan import Plan
 from comp_edge.strategy import BASELINES, MPSConfig
 
 Importance = Literal["taylor", "fisher", "wanda"]
+
+# The least that an option takes.
+AT_LEAST = {
+    "stages": 1, "stage_steps": 0, "final_steps": 0, "total_steps": 0, "val_examples": 1, "calibration_batches": 1,
+    "distill": 0, "distill_hidden": 0, "accumulate": 1, "round_to": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,9 @@ class PruneConfig:
         round_to: widths are multiples of this where the layer is wide enough.
         stage_share: at most this fraction of a sub-layer or of a layer's tokens goes in one stage.
         mps: constants of MPS.
+
+    Raises:
+        InputError: a number that makes no sense; says which numbers do.
     """
 
     stages: int = 16
@@ -64,6 +74,18 @@ class PruneConfig:
     round_to: int = 32
     stage_share: float = 0.25
     mps: MPSConfig = field(default_factory=MPSConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise InputError(f"{name} {value}: give {least} or more.")
+        for name in ("lr", "matrix_lr", "stage_share"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} {value}: give a number above 0.")
+        if self.stage_share > 1:
+            raise InputError(f"stage_share {self.stage_share}: give at most 1, all of a sub-layer.")
 
     @property
     def trains(self) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from comp_edge.errors import InputError
+
 BASELINES = ("params", "tokens", "joint")
 STRATEGIES = (*BASELINES, "comp", "probe")
 
@@ -22,6 +24,9 @@ class MPSConfig:
         history: lambda_0, weight of a mode's previous cost when it ran in the stage before.
         horizon: I_max, stages after which nothing of the previous cost is left.
         cost_aware: choose by cost; otherwise the modes take turns, and the rest has no say (an ablation).
+
+    Raises:
+        InputError: a number that makes no sense; says which numbers do.
     """
 
     explore: float = 0.2
@@ -29,6 +34,15 @@ class MPSConfig:
     history: float = 0.4
     horizon: int = 5
     cost_aware: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("explore", "history"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise InputError(f"{name} {value}: give a number from 0 to 1.")
+        if not self.temperature > 0:
+            raise InputError(f"temperature {self.temperature}: give a number above 0.")
+        if not self.horizon >= 1:
+            raise InputError(f"horizon {self.horizon}: give 1 or more.")
 
 
 @dataclass

@@ -34,6 +34,7 @@ from comp_edge.bench.ranking_units import (
 )
 from comp_edge.budget import Budget
 from comp_edge.checkpoint import load_dense, load_processor
+from comp_edge.digests import weights_digest
 from comp_edge.errors import InputError
 from comp_edge.options import flat
 from comp_edge.session import STATE_FILE, Session
@@ -86,10 +87,16 @@ class Course:
         """The reduction that the pruning ends at."""
         return max(self.reductions)
 
+    @functools.cached_property
+    def weights(self) -> str | None:
+        """A digest of the dense model's weights."""
+        return weights_digest(self.dense)
+
     @property
     def options(self) -> dict[str, Any]:
         """What a part's numbers depend on, besides its reduction and seed."""
         named = {"model": self.model, "task": self.task, "last_reduction": self.last}
+        named["dense_weights"] = self.weights
         return {**named, **asdict(self.extent), **flat(self.config)}
 
     @property
@@ -117,8 +124,6 @@ def run(
     on_progress: Callable[[int, int, str], None],
 ) -> list[Failure]:
     """Measure what is not measured yet, each course in a worker process of its own.
-
-    Args:
 
     Returns:
         the courses that went wrong.

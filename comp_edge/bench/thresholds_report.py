@@ -38,9 +38,8 @@ def table(parts: Sequence[Part], *, command: str | None) -> str:
     text = [f"# Static schedule and per-image thresholds: {first['model']}"]
     if command:
         text.append(f"```\n{command}\n```")
-    dense = {part["seed"]: part["dense_score"] for part in parts if part["arm"] == SCHEDULE}
     text.append(
-        f"Test score of the dense model {', '.join(f'{s:.4f} (seed {k})' for k, s in sorted(dense.items()))}. Both sides begin "
+        f"Test score of the dense model {_dense_scores(parts)}. Both sides begin "
         f"with it and take {first['steps']} optimizer steps on the same batches. Mean {PLUS_MINUS} standard deviation (number "
         "of seeds); MACs of the thresholds are the mean over the images of the test split, as a share of the static schedule's."
     )
@@ -50,6 +49,16 @@ def table(parts: Sequence[Part], *, command: str | None) -> str:
         if mine := [part for part in parts if part["reduction"] == reduction and part["arm"] in ARMS]:
             text += [f"## Tokens of the vision layers at {percent(reduction)}", _counts(mine)]
     return "\n\n".join(text) + "\n"
+
+
+def _dense_scores(parts: Sequence[Part]) -> str:
+    """One score where all seeds begin with the same weights, otherwise one a seed."""
+    mine = [part for part in parts if part["arm"] == SCHEDULE]
+    if len({part["options"].get("dense_weights") for part in mine}) == 1:
+        return f"{mine[0]['dense_score']:.4f}, the same for all seeds"
+    return ", ".join(
+        f"{score:.4f} (seed {seed})" for seed, score in sorted({p["seed"]: p["dense_score"] for p in mine}.items())
+    )
 
 
 def _scores(parts: Sequence[Part], reductions: Sequence[float]) -> str:

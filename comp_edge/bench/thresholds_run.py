@@ -30,6 +30,7 @@ from comp_edge.bench.thresholds import (
 from comp_edge.budget import Budget
 from comp_edge.checkpoint import load_dense, load_processor
 from comp_edge.cost import MacsCost
+from comp_edge.digests import weights_digest
 from comp_edge.families import family_of
 from comp_edge.options import flat
 from comp_edge.recovery import Distillation
@@ -65,10 +66,16 @@ class Comparison:
     images: int = 512
     test_examples: int | None = None
 
+    @functools.cached_property
+    def weights(self) -> str | None:
+        """A digest of the dense model's weights."""
+        return weights_digest(self.dense)
+
     @property
     def options(self) -> dict[str, Any]:
         """What the numbers depend on, besides reduction and seed."""
         named = {"model": self.model, "task": self.task, "images": self.images, "test_examples": self.test_examples}
+        named["dense_weights"] = self.weights
         return {**flat(self.config), **named, "steps": self.steps}
 
     def part(self, name: str) -> Path:
@@ -99,8 +106,6 @@ def run(
     on_progress: Callable[[int, int, str], None],
 ) -> list[Failure]:
     """Run what is not finished, each comparison in a worker process.
-
-    Args:
 
     Returns:
         the comparisons that went wrong.

@@ -25,7 +25,7 @@ examples:
   comp-edge prune --model random:smolvlm-256m --task synthetic --train-steps 40 -o out     time and memory at true size
   comp-edge prune --model my-vlm --task tasks/my_task.py:MyTask --accumulate 4 --checkpointing -o out     less memory
   accelerate launch --multi_gpu --num_processes 2 -m comp_edge.cli.main prune --model ... --task ... -o out
-                                                      each process trains on its half of every batch, GPU or CPU
+                                                      each process trains on its half of every batch
 """
 
 
@@ -220,7 +220,8 @@ def _budget(arguments: Any, model: Any) -> Any:
     if arguments.device is not None:
         attached = not arguments.no_measure
         options = {"model": model, "decode_tokens": arguments.decode_tokens, "attached": attached}
-        return Budget(cost=plugin("comp_edge.costs", "device")(arguments.device, **options), **given)
+        cost = plugin("comp_edge.costs", "device")(arguments.device, **options)
+        return Budget(cost=cost, decode_tokens=arguments.decode_tokens, **given)
     keep = arguments.keep or (KEEP if arguments.speedup is None else None)
     return Budget(macs=keep, speedup=arguments.speedup, decode_tokens=arguments.decode_tokens)
 

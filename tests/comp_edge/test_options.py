@@ -63,6 +63,13 @@ def test_every_option_of_the_configuration_can_be_given() -> None:
         ("comp:muon=maybe", "gives 'muon' as 'maybe'; it takes yes, no or none"),
         ("comp:cip", "gives 'cip' as ''"),
         ("comp:stages=4,stages=5", "gives 'stages' twice"),
+        ("comp:stages=0", "stages 0: give 1 or more."),
+        ("comp:horizon=0", "horizon 0: give 1 or more."),
+        ("comp:temperature=0", "temperature 0.0: give a number above 0."),
+        ("comp:explore=1.5", "explore 1.5: give a number from 0 to 1."),
+        ("comp:lr=-1", "lr -1.0: give a number above 0."),
+        ("probe:calibration_batches=0", "calibration_batches 0: give 1 or more."),
+        ("probe:stage_share=1.5", "stage_share 1.5: give at most 1"),
     ],
 )
 def test_options_that_are_refused(label: str, message: str) -> None:

@@ -74,6 +74,12 @@ def test_before_the_dense_model_is_scored(
     assert (tmp_path / "out.work" / STATE_FILE).stat().st_size < 100_000
     with pytest.raises(InputError, match="interrupted run had seed 0, this one has 1"):
         prune(make_model(), TinyVQA(processor), out=tmp_path / "out", seed=1, resume=True)
+    with pytest.raises(InputError, match="interrupted run had weights '.*', this one has '.*'; resume with the same"):
+        prune(make_model(seed=5), TinyVQA(processor), out=tmp_path / "out", resume=True)
+    other = TinyVQA(processor)
+    other.name = "other"
+    with pytest.raises(InputError, match="interrupted run had task 'tiny_vqa', this one has 'other'"):
+        prune(make_model(), other, out=tmp_path / "out", resume=True)
     tensors, progress = load_state(tmp_path / "out.work" / STATE_FILE)
     older = {name: value for name, value in progress.items() if name != "measured"}
     save_state(tmp_path / "out.work" / STATE_FILE, tensors, older)

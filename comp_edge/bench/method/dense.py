@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from typing import Any
 
 from comp_edge.bench.method.grid import Target
 from comp_edge.checkpoint import CONFIG_FILE, load_dense, load_processor
+from comp_edge.digests import weights_digest
 from comp_edge.errors import InputError
 from comp_edge.files import read_json, write_json
 from comp_edge.plan import PLAN_FILE
@@ -71,9 +71,7 @@ class DenseModel:
     @property
     def weights(self) -> str | None:
         """A digest of the weights; None where there are none yet."""
-        files = sorted(self.folder.glob("*.safetensors"))
-        digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
-        return digest.hexdigest()[:16] if files else None
+        return weights_digest(self.folder) if self.folder.is_dir() else None
 
     @property
     def complete(self) -> bool:
