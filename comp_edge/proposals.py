@@ -27,19 +27,12 @@ class Proposal:
 
     Attributes:
         mode: the mode it advances; "params" or "tokens" where it advances those of several streams at once.
-        action: which part of the mode ("all", "heads", "ffn", "from layer N" or "behind the connector").
         saving: cost saved, as a fraction of the dense cost.
     """
 
     mode: str
-    action: str
     state: State
     saving: float
-
-    @property
-    def name(self) -> str:
-        """Mode and action in one word, for the trace."""
-        return self.mode if self.action == "all" else f"{self.mode}/{self.action}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,6 @@ class Proposer:
         scores: Mapping[Site, Tensor],
         *,
         streams: Sequence[str],
-        kinds: Sequence[str] = ("heads", "ffn"),
         goal: float,
         per_cost: bool,
     ) -> Proposal | None:
@@ -99,7 +91,7 @@ class Proposer:
                 the layer's mean.
         """
         new, before = state.copy(), self.price(state)
-        sites = [s for s in scores if s.stream in streams and s.kind in kinds and state.alive[s].any()]
+        sites = [s for s in scores if s.stream in streams and state.alive[s].any()]
         ranking = {s: scores[s] if per_cost else relative_to_mean(scores[s], state.alive[s]) for s in sites}
         unit_costs = {s: self._unit_cost(state, s) if per_cost else 1.0 for s in sites}
 
@@ -118,7 +110,7 @@ class Proposer:
             saved = before - self.price(new)
         if saved <= 0:
             return None
-        return Proposal(_mode(streams, "params"), "all" if len(kinds) > 1 else kinds[0], new, saved)
+        return Proposal(_mode(streams, "params"), new, saved)
 
     def _next(self, state: State, site: Site, scores: Tensor) -> Chunk | None:
         # The first layer's attention ranks tokens for all that follow: one chunk of it stays.
@@ -167,7 +159,7 @@ class Proposer:
                     most = counts
         new = self._with_free_tokens(state, best or most)
         saved = before - self.price(new)
-        return Proposal(_mode(streams, "tokens"), "all", new, saved) if saved > 0 else None
+        return Proposal(_mode(streams, "tokens"), new, saved) if saved > 0 else None
 
     def _reaching(self, state: State, statistics: TokenStatistics, stream: str, threshold: float) -> list[int]:
         """Token counts of a stream's drop points by a threshold, within a stage's bounds."""
@@ -194,8 +186,7 @@ class Proposer:
         counts = self._cut(state, stream, layer, low).tokens[stream]
         new = self._with_free_tokens(state, {stream: counts})
         saved = before - self.price(new)
-        where = "behind the connector" if layer == len(self.streams[stream].layers) else f"from layer {layer}"
-        return Proposal(f"{stream}_tokens", where, new, saved) if saved > 0 else None
+        return Proposal(f"{stream}_tokens", new, saved) if saved > 0 else None
 
     def _lowered(self, state: State, counts: Mapping[str, Sequence[int]]) -> State:
         """A state whose streams have at most these token counts."""

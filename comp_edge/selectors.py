@@ -178,7 +178,7 @@ class ProbeSelector:
         savings = _savings(setting, state, after)
         mode = max(savings, key=lambda m: savings[m])  # the trace books a stage to what saved most of it
         also = [other for other, saving in savings.items() if saving > 0 and other != mode]
-        chosen = Proposal(mode, "all", after, sum(proposal.saving for proposal in taken))
+        chosen = Proposal(mode, after, sum(proposal.saving for proposal in taken))
         return chosen, {"why": "scouted", "token_share": share, "also": also, **why}
 
     def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:

@@ -243,7 +243,6 @@ class Session:
         record = {
             "stage": self.stage,
             "mode": chosen.mode,
-            "action": chosen.action,
             **choice,
             "score": self.score,
             "loss": loss,
@@ -259,7 +258,7 @@ class Session:
             record["predicted_ms"] = after * self.dense_cost
         self.trace.append(record)
         self._checkpoint()
-        self._tell("prune", f"stage {self.stage} {chosen.name}, cost {after:.3f}, score {self.score:.3f}")
+        self._tell("prune", f"stage {self.stage} {chosen.mode}, cost {after:.3f}, score {self.score:.3f}")
         return after
 
     def _choose(self, goal: float) -> tuple[Proposal | None, dict[str, Any]]:

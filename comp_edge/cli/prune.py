@@ -232,11 +232,11 @@ def _print_stages(trace: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="stages")
-    for name in ("stage", "mode", "action", "MACs kept", "score", "seconds", "peak memory"):
-        table.add_column(name, justify="left" if name in ("mode", "action") else "right")
+    for name in ("stage", "mode", "MACs kept", "score", "seconds", "peak memory"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
     for stage in trace:
         table.add_row(
-            str(stage["stage"]), stage["mode"], stage["action"], f"{stage['cost_fraction']:.3f}", f"{stage['score']:.3f}",
+            str(stage["stage"]), stage["mode"], f"{stage['cost_fraction']:.3f}", f"{stage['score']:.3f}",
             f"{stage['seconds']:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB",
         )  # fmt: skip
     Console(stderr=True).print(table)

@@ -39,7 +39,6 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     stage: Annotated[int, Field(ge=1)]
     mode: str
-    action: str
     also: tuple[str, ...] = ()
     why: str
     costs: dict[str, float] = {}
@@ -52,12 +51,6 @@ class Stage(BaseModel):
     predicted_ms: Share | None = None  # None where the cost is not in milliseconds
     saved: float
     seconds: Share
-
-    @property
-    def taken(self) -> str:
-        """The key of this stage's choice among `costs`."""
-        name = f"{self.mode}/{self.action}"
-        return name if name in self.costs else self.mode
 
 
 class Side(BaseModel):
@@ -116,7 +109,7 @@ class Facts:
     @property
     def modes(self) -> tuple[str, ...]:
         """The modes that ran or were priced, in the family's order."""
-        named = {name.split("/")[0] for stage in self.trace for name in (stage.mode, *stage.costs)}
+        named = {name for stage in self.trace for name in (stage.mode, *stage.costs)}
         return tuple(mode for mode in known_modes(self.model) if mode in named)
 
 
@@ -206,7 +199,7 @@ def known_modes(model: Any) -> tuple[str, ...]:
 
 def _check_modes(trace: tuple[Stage, ...], modes: tuple[str, ...], path: Path) -> None:
     for number, stage in enumerate(trace, 1):
-        for name in (stage.mode, *(key.split("/")[0] for key in stage.costs)):
+        for name in (stage.mode, *stage.costs):
             if name not in modes:
                 raise InputError(
                     f"trace {str(path)!r} line {number} speaks of mode {name!r}; the model has {', '.join(modes)}."

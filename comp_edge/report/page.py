@@ -194,14 +194,14 @@ def _stages(facts: Facts) -> dict[str, Any]:
     for stage in facts.trace:
         dots = [
             {
-                "name": name, "price": words.price(value), "mode": name.split("/")[0], "taken": name == stage.taken,
-                "lane": lanes[name.split("/")[0]], "x": place(value, scale), "finite": math.isfinite(value),
+                "name": name, "price": words.price(value), "mode": name, "taken": name == stage.mode,
+                "lane": lanes[name], "x": place(value, scale), "finite": math.isfinite(value),
             }
             for name, value in sorted(stage.costs.items(), key=lambda item: (math.isnan(item[1]), item[1]))
         ]  # fmt: skip
         rows.append(
             {
-                "stage": stage.stage, "mode": stage.mode, "action": "" if stage.action == "all" else stage.action,
+                "stage": stage.stage, "mode": stage.mode,
                 "why": stage.why, "also": ", ".join(stage.also), "dots": dots, "saved": words.percent(stage.saved),
                 "cost": words.percent(stage.cost_fraction), "score": words.score(stage.score),
                 "loss": "" if stage.loss is None else f"{stage.loss:.3f}", "seconds": f"{stage.seconds:.1f} s",

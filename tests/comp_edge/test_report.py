@@ -52,9 +52,9 @@ def stage(number: int, **changes: Any) -> dict[str, Any]:
     """A line of a trace, as `comp_edge.prune` writes it."""
     modes = ("vision_params", "language_params", "vision_tokens", "language_tokens")
     mode = modes[number % 4]
-    costs = {"vision_params/heads": 0.2, "language_params/ffn": math.inf, "vision_tokens/from layer 1": -0.1}
+    costs = {"vision_params": 0.2, "language_params": math.inf, "vision_tokens": -0.1}
     line = {
-        "mode": mode, "action": "all", "why": "cheapest", "costs": costs | {mode: 0.0}, "stage": number,
+        "mode": mode, "why": "cheapest", "costs": costs | {mode: 0.0}, "stage": number,
         "score": 0.9 - number / 100, "loss": 1.0, "cost": 100.0, "cost_fraction": 1 - number / 10,
         "macs": 1e6 * (1 - number / 10), "saved": 0.1, "seconds": 0.5, "plan": {},
     }  # fmt: skip
@@ -197,7 +197,7 @@ def test_page_for_a_task_that_is_not_about_images(folder: Path, tmp_path: Path) 
 
 
 def test_hostile_values_are_text(folder: Path) -> None:
-    line = stage(1, mode="vision_params", action=HOSTILE, why=HOSTILE, costs={f"vision_params/{HOSTILE}": 1.0})
+    line = stage(1, mode="vision_params", why=HOSTILE)
     (folder / "trace.jsonl").write_text(json.dumps(line) + "\n")
     plan = json.loads((folder / "plan.json").read_text())
     plan |= {"base": HOSTILE, "strategy": HOSTILE, "budget": {"macs": HOSTILE, "speedup": HOSTILE}}

@@ -29,7 +29,7 @@ from comp_edge.tasks import load_task
 
 OPTIONS_FILE, ROWS_FILE, FOLDER = "options.json", "rows.jsonl", "pruned"
 # What a cell's file keeps of each stage.
-TOLD = ("stage", "mode", "action", "why", "also", "walks", "score", "cost_fraction")
+TOLD = ("stage", "mode", "why", "also", "walks", "score", "cost_fraction")
 
 
 class UnequalBudget(RuntimeError):
