@@ -7,20 +7,19 @@ from typing import Literal
 
 from comp_edge.families.base import StreamShape
 
-# What each feature counts; MACs, elements and weights in millions.
+# What each feature counts; MACs, elements and weights in millions. Activations and softmax are in proportion to the MACs that
+# they stand beside, in all layers of a stream: nothing can tell them apart.
 FEATURES = {
     "calls": "call",
-    "ffn": "million multiply-accumulates of feed-forwards",
+    "ffn": "million multiply-accumulates of feed-forwards, activations included",
     "projections": "million multiply-accumulates of attention's projections",
-    "products": "million multiply-accumulates of scores and weighted values",
+    "products": "million multiply-accumulates of scores and weighted values, softmax included",
     "fixed": "million multiply-accumulates of what is never pruned",
     "cache": "million elements of key-value caches that are written",
     "sublayers": "sub-layer",
     "norms": "million elements that norms and residuals touch",
-    "softmax": "million attention probabilities",
     "drops": "drop of tokens",
     "dropping": "million elements that a drop ranks or gathers",
-    "activations": "million activations of feed-forwards",
     "weights": "million weights of layers",
 }
 MACS = ("ffn", "projections", "products", "fixed")
@@ -87,7 +86,6 @@ def attention(
         cache=2 * written * narrow,
         sublayers=1,
         norms=n * shape.width,
-        softmax=read * keys * heads,
         weights=query + (key if told else 0),
     )
 
@@ -95,4 +93,4 @@ def attention(
 def feed_forward(shape: StreamShape, channels: int, n: int) -> Vector:
     """Features of one feed-forward on n tokens."""
     weights = shape.width * channels * shape.projections
-    return vector(ffn=n * weights, sublayers=1, norms=n * shape.width, activations=n * channels, weights=weights)
+    return vector(ffn=n * weights, sublayers=1, norms=n * shape.width, weights=weights)

@@ -21,10 +21,9 @@ from devices.latency.features import FEATURES
 COLUMNS = (*FEATURES, "traffic")
 FIXED = COLUMNS.index("fixed")
 WEIGHTS, TRAFFIC = COLUMNS.index("weights"), COLUMNS.index("traffic")
-# Each set holds the one before.
+# The second holds the first.
 FEW = ("calls", "ffn", "projections", "products", "fixed", "cache", "weights", "traffic")
-SOME = (*FEW, "sublayers", "norms", "softmax", "drops", "dropping")
-SETS = (FEW, SOME, COLUMNS)
+SETS = (FEW, COLUMNS)
 OWN = ("calls", "fixed")  # columns that mean something else in every method, and are never shared
 ALONE = "decode"  # a method of single tokens, bound by memory: it shares nothing with those of many
 PULLS = (0.03, 0.3)  # how strongly shared coefficients hold, as the weight of rows

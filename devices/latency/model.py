@@ -21,7 +21,7 @@ from devices.latency.program import Layers, Program, Work
 from devices.profiles import Point, Profile
 
 FEWEST = 3  # points that a method needs
-DISTURBED = 0.05  # relative noise of a measurement that never settled, however alike its rounds are
+DISTURBED = 0.1  # relative noise of a measurement that never settled, however alike its rounds are
 BEYOND = 0.1  # outside the measured range by more than this is extrapolation
 
 
@@ -206,6 +206,8 @@ class LatencyModel:
     def check(self, plan: Plan, *, strict: bool = False) -> list[str]:
         """What of a plan lies outside the measured range by more than 10 %, a sentence each; predictions are guesses there.
 
+        The range is that of whole models, where there are a few: blocks of layers are below it in everything.
+
         Raises:
             DeviceError: see `predict`; with `strict`, also where anything does.
         """
@@ -214,7 +216,8 @@ class LatencyModel:
         for method, values in self.program.vectors(plan).items():
             if method not in self.data or not calls[method]:
                 continue
-            features = self.data[method].features
+            rows = self.data[method]
+            features = rows.features[rows.whole] if rows.whole.sum() >= FEWEST else rows.features
             for name, value, low, high in zip(
                 FEATURES, values.tolist(), features.min(0).tolist(), features.max(0).tolist(), strict=True
             ):

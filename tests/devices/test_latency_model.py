@@ -201,6 +201,12 @@ def test_extrapolation_is_flagged(setup):
         latency.check(many, strict=True)
 
 
+def test_extrapolation_downwards_is_flagged(setup):
+    """Of two layers a block has less of everything than a whole model: it does not make a tiny one known."""
+    tiny = random_plan(setup.model, np.random.default_rng(0), keep=0.05)
+    assert any("multiply-accumulates of feed-forwards" in sentence for sentence in setup.latency.check(tiny))
+
+
 def test_uncertainty(setup):
     """Two standard deviations hold for nearly all plans, and are no more than a tenth of the prediction."""
     latency, inside = setup.latency, 0

@@ -12,6 +12,7 @@ from comp_edge.proposals import Limits, Proposer
 from comp_edge.state import State
 from comp_edge.structure import empty_model
 from devices.latency import LatencyModel, accuracy
+from devices.latency.features import FEATURES
 from devices.latency.fitting import Rows
 from devices.latency.stairs import STEPS, find
 from tests.devices.latency_machine import TEXT, Machine, clip_config, make_profile, random_plan
@@ -42,7 +43,7 @@ def test_there_are_no_steps_in_noise(noise, seed):
 
 def rows_of(ms: np.ndarray, tokens: np.ndarray, step: int) -> dict[str, Rows]:
     """Measurements of a method whose only feature is its number of tokens."""
-    features = np.zeros((len(ms), 13))
+    features = np.zeros((len(ms), len(FEATURES)))
     features[:, 0], features[:, 1] = 1.0, -(-tokens // step) * step
     count = len(ms)
     return {"m": Rows(np.arange(count), features, ms, np.full(count, 0.01), np.zeros(count, bool))}
