@@ -20,7 +20,7 @@ say() { printf '%s\t%s\n' "$1" "$2"; }
 first() { { IFS= read -r line < "$1"; } 2> /dev/null && printf '%s' "$line" | tr -d '\000'; }
 say machine "$(uname -m)"
 say system "$(uname -s) $(uname -r)"
-say cores "$(nproc 2> /dev/null)"
+say cores "$(nproc --all 2> /dev/null)"
 say memory "$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo 2> /dev/null)"
 say cpu "$(sed -n 's/^\(model name\|Hardware\)[[:space:]]*: //p' /proc/cpuinfo 2> /dev/null | head -n 1)"
 say board "$(first /proc/device-tree/model)"

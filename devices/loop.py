@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from comp_edge.errors import InputError
 from comp_edge.plan import Plan
@@ -19,7 +20,9 @@ from devices.measuring import preset_named
 from devices.profiles import Measurement, Profile
 from devices.profiling import doubts
 from devices.programs import Subject
-from devices.sitting import sit
+from devices.sitting import Sitting, sit
+
+Answered = TypeVar("Answered")
 
 
 class DeviceCost:
@@ -30,6 +33,9 @@ class DeviceCost:
         decode_tokens: tokens that a request generates after the first.
         attached: whether the profile's device is there to be asked; without it predictions are all that there is.
 
+    Attributes:
+        notes: why the device is not asked, a sentence each.
+
     Raises:
         DeviceError: the profile cannot be used, or is of a model that generates nothing and `decode_tokens` are asked for.
     """
@@ -39,6 +45,7 @@ class DeviceCost:
         self.model = LatencyModel.fit(profile).with_decode_tokens(decode_tokens)
         self.attached = attached
         self.measured: list[dict[str, Any]] = []
+        self.notes: list[str] = []
 
     @property
     def name(self) -> str:
@@ -57,17 +64,14 @@ class DeviceCost:
             raise InputError(str(error)) from None
 
     def measure(self, plan: Plan) -> float | None:
-        """Milliseconds of one request under a plan, measured now; None where the device is not attached any more.
+        """Milliseconds of one request under a plan, measured now; None where the device is not attached, or not any more.
 
         Raises:
             InputError: the device is there, but the program does not run on it.
         """
-        if not self.attached:
-            return None
         with _input_errors():
-            found = self._timed(plan)
+            found = self._ask(lambda sitting: sitting.time(self.subject, plan))
         if found is None:
-            self.attached = False
             return None
         took = request_ms(self.model, plan, found)
         self.measured.append(
@@ -80,17 +84,41 @@ class DeviceCost:
         )
         return took
 
-    def _timed(self, plan: Plan) -> dict[str, Measurement] | None:
-        settings = self.model.profile.settings
+    def reach(self) -> None:
+        """Find out, before anything rests on it, whether the device can be asked; where it is not attached `notes` say so.
+
+        Raises:
+            InputError: it is there, or may be, and cannot time a program; or the profile's model cannot be had.
+        """
+        with _input_errors():
+            if self._ask(lambda sitting: sitting.first) is not None:
+                _ = self.subject
+
+    def _ask(self, question: Callable[[Sitting], Answered]) -> Answered | None:
+        """What the device says, if it is attached, and is the one that the profile is of."""
+        profile, settings = self.model.profile, self.model.profile.settings
+        if self.attached and settings.clocks_set:
+            return self._detach("its profile was measured with fixed clocks, which nobody fixes here")
+        if not self.attached:
+            return None
         options = {"agent": settings.agent, "threads": settings.threads, "cpus": settings.cpus}
         try:
-            with (
-                connect(self.model.profile.device.address) as device,
-                sit(device, preset=preset_named(settings.preset), **options) as sitting,
-            ):
-                return sitting.time(self.subject, plan)
-        except DeviceGone:
-            return None
+            with connect(profile.device.address) as device:
+                if other := next(profile.device.unlike(device.info()), None):
+                    name, then, now = other
+                    return self._detach(f"{name} is {now!r} there, and {then!r} in the profile")
+                with sit(device, preset=preset_named(settings.preset), **options) as sitting:
+                    runtime = sitting.first.runtime
+                    if runtime != settings.runtime:
+                        return self._detach(f"it runs {runtime!r}, the profile was measured with {settings.runtime!r}")
+                    return question(sitting)
+        except DeviceGone as error:
+            return self._detach(str(error).rstrip("."))
+
+    def _detach(self, reason: str) -> None:
+        self.attached = False
+        address = self.model.profile.device.address
+        self.notes.append(f"{address} is not asked, predictions are all that there is: {reason}.")
 
     @cached_property
     def subject(self) -> Subject:
@@ -110,7 +138,7 @@ class DeviceCost:
             "device_seconds": profile.seconds,
             "measurements": profile.measurements,
             "held_out": report["whole"],
-            "warnings": [*doubts(profile), *report["warnings"], *self.model.check(plan)],
+            "warnings": [*self.notes, *doubts(profile), *report["warnings"], *self.model.check(plan)],
             "predicted_ms": {"dense": self.predict(dense), "pruned": self.predict(plan)},
             "uncertainty_ms": self.model.uncertainty(plan),
             "measured": self.measured,
@@ -128,14 +156,22 @@ def cost_of(profile: str, *, model: Any, decode_tokens: int, attached: bool) -> 
     Args:
         model: that is to be pruned.
 
+    Where the device is not attached, or is not the profile's, stderr says so.
+
     Raises:
-        InputError: see `DeviceCost`; or the profile is of another model.
+        InputError: see `DeviceCost` and `DeviceCost.reach`; or the profile is of another model.
     """
     with _input_errors():
         cost = DeviceCost(profile, decode_tokens=decode_tokens, attached=attached)
     record = cost.model.profile.model
     if cost.model.program.shapes != Program(model, room=record.new_tokens).shapes:
         raise InputError(f"profile {profile!r} is of {record.name!r}, whose layers have other sizes than the model's.")
+    try:
+        cost.reach()
+    except InputError as error:
+        raise InputError(f"{error} Or leave the device out of it, with --no-measure.") from None
+    for note in cost.notes:
+        print(f"warning: {note}", file=sys.stderr)
     return cost
 
 

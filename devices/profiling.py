@@ -104,14 +104,14 @@ def _check_same(
     Raises:
         DeviceError: it is of something else.
     """
-    for what, wanted in (("device", device), ("model", model), ("settings", settings)):
-        for name, value in wanted:
-            have = getattr(getattr(found, what), name)
-            if have != value:
-                raise DeviceError(
-                    f"{str(where)!r} is a profile with {what} {name} {_short(have)}, this run has {_short(value)}; give the "
-                    "same, or another output."
-                )
+    others = [("device", *other) for other in found.device.unlike(device)]
+    for what, have, wanted in (("model", found.model, model), ("settings", found.settings, settings)):
+        others += [(what, name, getattr(have, name), value) for name, value in wanted if getattr(have, name) != value]
+    for what, name, have, value in others:
+        raise DeviceError(
+            f"{str(where)!r} is a profile with {what} {name} {_short(have)}, this run has {_short(value)}; give the same, or "
+            "another output."
+        )
 
 
 def _short(value: Any) -> str:

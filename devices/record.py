@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+CHANGING = ("system", "memory_mb")  # with an update of the kernel, or a reboot
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -25,3 +27,9 @@ class DeviceRecord(Strict):
     system: str | None = Field(default=None, max_length=256)
     cores: Count | None = None
     memory_mb: Count | None = None
+
+    def unlike(self, other: DeviceRecord) -> Iterator[tuple[str, Any, Any]]:
+        """What tells this device from another one: a field, and its value here and there."""
+        for name, value in self:
+            if name not in CHANGING and value != getattr(other, name):
+                yield name, value, getattr(other, name)

@@ -31,7 +31,8 @@ def running_server() -> AdbClient:
     """The adb server that runs already. None is started: it would open a port, and it is the user's to do.
 
     Raises:
-        DeviceError: none answers.
+        DeviceGone: none answers.
+        DeviceError: the environment names no port.
     """
     try:
         from adbutils import AdbClient
@@ -43,7 +44,7 @@ def running_server() -> AdbClient:
         # adbutils starts a server where none answers.
         socket.create_connection((client.host, client.port), timeout=ANSWER_SECONDS).close()
     except OSError:
-        raise DeviceError(
+        raise DeviceGone(
             f"no adb server answers at {client.host}:{client.port}; start yours with `adb start-server`."
         ) from None
     return client
@@ -118,8 +119,10 @@ class AdbTransport(ShellTransport):
 
     def _only_one(self, client: AdbClient) -> str:
         serials = [info.serial for info in client.list()]
-        if len(serials) != 1:
-            found = last_line(", ".join(f"adb://{serial}" for serial in serials).encode()) or "none"
+        if not serials:
+            raise DeviceGone(f"{self.address} accepts exactly one attached device; attached: none.")
+        if len(serials) > 1:
+            found = last_line(", ".join(f"adb://{serial}" for serial in serials).encode())
             raise DeviceError(f"{self.address} accepts exactly one attached device; attached: {found}.")
         return serials[0]
 

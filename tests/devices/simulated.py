@@ -77,12 +77,12 @@ class SimulatedDevice:
     kind = "linux"
     address = "host"
 
-    def __init__(self, agent: SimulatedAgent, *, name: str = "formula") -> None:
-        self._agent, self.name = agent, name
+    def __init__(self, agent: SimulatedAgent, *, name: str = "formula", cores: int = 2) -> None:
+        self._agent, self.name, self.cores = agent, name, cores
         self.transport = HostTransport()
 
     def info(self) -> DeviceRecord:
-        return DeviceRecord(address=self.address, name=self.name, machine="x86_64", cores=2)
+        return DeviceRecord(address=self.address, name=self.name, machine="x86_64", cores=self.cores)
 
     def conditions(self) -> dict:
         return {"kind": "linux", "missing": ["cpufreq"]}

@@ -33,6 +33,19 @@ def test_this_machine():
     assert "kind" in device.conditions()
 
 
+def test_cores_are_the_machines(monkeypatch):
+    """Whatever threads this process may use, and after any update: a profile is taken up again on the same device."""
+    with devices.connect("host") as device:
+        before = device.info()
+    monkeypatch.setenv("OMP_NUM_THREADS", str(before.cores + 1))
+    with devices.connect("host") as device:
+        assert list(before.unlike(device.info())) == []
+    booted = before.model_copy(update={"system": "Linux 99", "memory_mb": before.memory_mb - 1})
+    assert list(before.unlike(booted)) == []
+    other = before.model_copy(update={"cpu": "another"})
+    assert list(before.unlike(other)) == [("cpu", before.cpu, "another")]
+
+
 def test_a_phone_and_a_board_are_told_by_what_they_have():
     phone = devices.Device(
         "adb://X",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +31,13 @@ from tests.devices.simulated import ANCHOR, SimulatedAgent, SimulatedDevice
 @pytest.fixture(scope="module")
 def profile():
     made = make_profile(llava_config(), Machine, blocks=4)
-    return made.model_copy(update={"model": made.model.model_copy(update={"name": "llava-digits"})})
+    return made.model_copy(
+        update={
+            "device": SimulatedDevice(SimulatedAgent(lambda job, number: 1.0)).info(),
+            "model": made.model.model_copy(update={"name": "llava-digits"}),
+            "settings": made.settings.model_copy(update={"runtime": "formula 1"}),
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +100,7 @@ def test_a_device_that_has_gone_is_not_asked_again(profile, dense, monkeypatch):
     monkeypatch.setattr(devices.loop, "connect", connect)
     cost = DeviceCost(profile)
     assert cost.measure(dense) is None and cost.measure(dense) is None and len(asked) == 1
+    assert "unplugged" in cost.describe(dense, dense)["warnings"][0]
     assert DeviceCost(profile, attached=False).measure(dense) is None and len(asked) == 1
 
 
@@ -103,6 +111,44 @@ def test_a_program_that_fails_there_is_the_users_error(profile, dense, attached)
     attached._agent.fails = fails
     with pytest.raises(InputError, match="aten::sort"):
         DeviceCost(profile).measure(dense)
+
+
+@pytest.mark.parametrize(
+    ("there", "settings", "said"),
+    [
+        ({"cores": 8}, {}, "host is not asked.*: cores is 8 there, and 2 in the profile"),
+        ({}, {"runtime": "formula 2"}, "it runs 'formula 1', the profile was measured with 'formula 2'"),
+        ({}, {"clocks_set": True}, "measured with fixed clocks"),
+    ],
+)
+def test_another_device_than_the_profiles_is_not_asked(
+    profile, model, dense, attached, tmp_path, capsys, there, settings, said
+):
+    """A profile that was copied to another machine: what that one takes says nothing of the profile's device."""
+    for name, value in there.items():
+        setattr(attached, name, value)
+    changed = {"settings": profile.settings.model_copy(update=settings)}
+    profile.model_copy(update=changed).save(tmp_path / "p.json")
+    cost = cost_of(str(tmp_path / "p.json"), model=model, decode_tokens=0, attached=True)
+    assert re.search(said, capsys.readouterr().err)
+    assert cost.measure(dense) is None and not attached._agent.jobs[1:]
+    assert re.search(said, cost.describe(dense, dense)["warnings"][0])
+
+
+def test_a_device_that_cannot_be_asked_is_known_before_the_first_stage(profile, model, attached, monkeypatch, tmp_path):
+    profile.save(tmp_path / "p.json")
+    options = {"model": model, "decode_tokens": 0, "attached": True}
+    assert cost_of(str(tmp_path / "p.json"), **options).attached and attached._agent.jobs
+
+    @contextmanager
+    def no_compiler(kind: str = "native"):
+        raise DeviceError("there is no compiler g++ here; install it.")
+        yield
+
+    monkeypatch.setattr(attached, "agent", no_compiler)
+    with pytest.raises(InputError, match=r"no compiler g\+\+ here; install it. Or .* --no-measure"):
+        cost_of(str(tmp_path / "p.json"), **options)
+    assert not cost_of(str(tmp_path / "p.json"), **options | {"attached": False}).attached
 
 
 def test_what_the_command_line_asks_for(profile, model, tmp_path):

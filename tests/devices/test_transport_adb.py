@@ -228,7 +228,7 @@ def test_the_only_device_must_be_the_only_one(monkeypatch: pytest.MonkeyPatch) -
         ("adb://C3", "Android device", "no permission"),
     ]
     with server_that_says(HEALTHY | {"host:devices": said("")}, monkeypatch):
-        with pytest.raises(DeviceError, match="attached: none"):
+        with pytest.raises(DeviceGone, match="attached: none"):
             AdbTransport("adb://").run(["true"])
         assert discovery.attached(ssh_config=Path("none"))[1:] == []
 
