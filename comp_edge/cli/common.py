@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +84,8 @@ def run(command: Callable[[], Any], *, name: str) -> int:
     """Run a command, with quiet libraries; turn what a user did into one sentence and an exit code."""
     quiet_libraries()
     try:
-        result = command()
+        with _ends_as_by_ctrl_c():
+            result = command()
         return result if isinstance(result, int) else 0
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -99,6 +102,23 @@ def run(command: Callable[[], Any], *, name: str) -> int:
         # Whoever read our output has gone; that is theirs to decide.
         sys.stderr.close()
         return 0
+
+
+@contextmanager
+def _ends_as_by_ctrl_c() -> Iterator[None]:
+    """A kill, or a terminal that is closed, ends a command as Ctrl-C does: what was changed on a device is put back."""
+    if threading.current_thread() is not threading.main_thread():  # others may set no handlers
+        yield
+        return
+    # What is ignored (`nohup`) or handled already stays so.
+    ours = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+    for one in ours:
+        signal.signal(one, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for one in ours:
+            signal.signal(one, signal.SIG_DFL)
 
 
 def print_json(value: Any) -> None:
@@ -136,7 +156,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
         yield plain
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
