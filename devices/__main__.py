@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 
 from comp_edge.cli import common
 from devices import commands
-from devices.errors import DeviceError
+from devices.errors import DeviceAbsent, DeviceError, DeviceGone, DeviceTimeout
 
 NAME = "python -m devices"
+FAILED = 1  # exit code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,15 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add(subparsers)
     arguments = parser.parse_args(argv)
 
-    # As Ctrl-C: what was changed on a device is put back, what was brought there is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
     def run() -> int:
         try:
             arguments.run(arguments)
         except DeviceError as error:
             print(f"{NAME} {arguments.command}: {error}", file=sys.stderr)
-            return common.BAD_INPUT
+            failed = isinstance(error, DeviceGone | DeviceTimeout) and not isinstance(error, DeviceAbsent)
+            return FAILED if failed else common.BAD_INPUT
         return 0
 
     return common.run(run, name=f"{NAME} {arguments.command}")

@@ -59,15 +59,17 @@ def _cpus(text: str) -> tuple[int, ...]:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    # What devices, files and their users say is no markup.
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def _warn(sentences: list[str]) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for sentence in sentences:
-        console.print(f"[yellow]warning[/]: {sentence}", markup=True)
+        console.print(Text.assemble(("warning", "yellow"), ": ", sentence))
 
 
 class ListCommand:
@@ -119,6 +121,7 @@ class Run:
         from rich.table import Table
 
         from comp_edge.files import check_writable
+        from devices.agent import agent_named
         from devices.agent.protocol import Job
         from devices.conditions import changed, fixed_clocks
         from devices.device import connect
@@ -132,7 +135,8 @@ class Run:
             check_tracer(arguments.agent)
             check_writable(arguments.trace)
         jobs = {}
-        for path in map(_program, arguments.programs):
+        for given in arguments.programs:
+            path = _program(given, agent_named(arguments.agent).form)
             for name in _methods(path, arguments.method):
                 jobs[f"{path}:{name}"] = Job(path, name, threads=arguments.threads, cpus=arguments.cpus)
         options = {"agent": arguments.agent, "threads": arguments.threads, "cpus": arguments.cpus}
@@ -140,20 +144,22 @@ class Run:
             if arguments.energy:
                 check_meter(device)
             clocks = fixed_clocks(device.transport, device.kind) if arguments.set_clocks else nullcontext()
-            with sit(device, preset=preset, **options) as sitting, clocks, common.progress_bar("timing") as update:
-                before, calls = device.conditions(), 0
+            joules, traces = {}, {}
+            with clocks:
+                with sit(device, preset=preset, **options) as sitting, common.progress_bar("timing") as update:
+                    before, calls = device.conditions(), 0
 
-                def progress(name: str) -> None:
-                    nonlocal calls
-                    update(min(calls, preset.rounds * len(jobs)), preset.rounds * len(jobs), name)
-                    calls += 1
+                    def progress(name: str) -> None:
+                        nonlocal calls
+                        update(min(calls, preset.rounds * len(jobs)), preset.rounds * len(jobs), name)
+                        calls += 1
 
-                timings = sitting.measure(jobs, progress)
-                after = device.conditions()
-            joules = joules_a_call(device, jobs, agent=arguments.agent) if arguments.energy else {}
-            traces = {}
-            if arguments.trace is not None:
-                traces = trace_calls(device, jobs, arguments.trace, agent=arguments.agent)
+                    timings = sitting.measure(jobs, progress)
+                    after = device.conditions()
+                if arguments.energy:
+                    joules = joules_a_call(device, jobs, agent=arguments.agent)
+                if arguments.trace is not None:
+                    traces = trace_calls(device, jobs, arguments.trace, agent=arguments.agent)
             info = device.info().model_dump(mode="json")
         _warn(changed(before, after))
         ms = {name: _figures(timing) for name, timing in timings.items()}
@@ -201,14 +207,22 @@ def _print_trace(name: str, path: Path, parts: Any) -> None:
     _console().print(table)
 
 
-def _program(path: Path) -> Path:
-    """The .pte of a bundle's folder, or the file itself."""
-    if not path.is_dir():
-        return path
-    found = sorted(path.glob("*.pte")) or sorted(path.glob("*/*.pte"))
-    if len(found) != 1:
-        raise DeviceError(f"{str(path)!r} holds {len(found)} .pte files; give one of them, or a folder that has one.")
-    return found[0]
+def _program(path: Path, form: str) -> Path:
+    """The program of a bundle's folder, or the file itself.
+
+    Args:
+        form: of the programs that the agent takes.
+    """
+    if path.is_dir():
+        found = sorted(path.glob(f"*.{form}")) or sorted(path.glob(f"*/*.{form}"))
+        if len(found) != 1:
+            raise DeviceError(
+                f"{str(path)!r} holds {len(found)} .{form} files; give one of them, or a folder that has one."
+            )
+        return found[0]
+    if {path.suffix, f".{form}"} == {".pte", ".onnx"}:
+        raise DeviceError(f"program {str(path)!r} is none for this agent, which takes .{form} files; see --agent.")
+    return path
 
 
 def _methods(path: Path, only: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from devices.agent.protocol import Agent
 from devices.conditions import Kind, read_conditions
-from devices.errors import DeviceError
+from devices.errors import DeviceAbsent, DeviceError, DeviceGone
 from devices.record import DeviceRecord
 from devices.transports import Transport, open_transport
 
@@ -48,7 +48,10 @@ class Device:
 
     @cached_property
     def _answers(self) -> dict[str, str]:
-        done = self.transport.run(["sh", "-c", _WHO], timeout=20, limit=64 * 2**10)
+        try:
+            done = self.transport.run(["sh", "-c", _WHO], timeout=20, limit=64 * 2**10)
+        except DeviceGone as error:
+            raise DeviceAbsent(str(error)) from None
         lines = (line.partition("\t") for line in done.stdout.splitlines())
         found = {name: value.strip()[:256] for name, _, value in lines if value.strip()}
         if "machine" not in found:
@@ -64,7 +67,8 @@ class Device:
         """Processor, cores, memory; None where the system does not say.
 
         Raises:
-            DeviceError: it cannot be reached, or runs no commands.
+            DeviceAbsent: it cannot be reached.
+            DeviceError: it runs no commands.
         """
         found = self._answers
         return DeviceRecord(
@@ -92,12 +96,11 @@ class Device:
         Raises:
             DeviceError: it cannot be built for this device's processor, or does not run there.
         """
-        from devices.agent import AGENTS
+        from devices.agent import agent_named
 
-        if kind not in AGENTS:
-            raise DeviceError(f"unknown agent {kind!r}; accepted: {', '.join(AGENTS)}.")
+        made = agent_named(kind)
         with self.transport.workspace() as folder:
-            agent = AGENTS[kind](self.transport, folder)
+            agent = made(self.transport, folder)
             agent.install()
             yield agent
 

@@ -9,5 +9,9 @@ class DeviceGone(DeviceError):
     """The device cannot be reached any more: unplugged, switched off, or its connection broke."""
 
 
+class DeviceAbsent(DeviceGone):
+    """The device could not be reached in the first place."""
+
+
 class DeviceTimeout(DeviceError):
     """A command on the device did not end in time; it was ended there."""

@@ -100,8 +100,10 @@ def sit(
         agent: see `devices.agent.AGENTS`.
 
     Raises:
-        DeviceError: the device cannot be reached, or the agent does not run there.
+        DeviceAbsent: the device cannot be reached.
+        DeviceError: the agent does not run there.
     """
+    device.info()  # so that a device that is not there is told from one that goes
     with device.agent(agent) as installed, TemporaryDirectory(prefix="comp-edge.") as folder:
         watched = Stopwatch(installed)
         anchor = write_anchor(Path(folder), form=installed.form, threads=threads, cpus=cpus)

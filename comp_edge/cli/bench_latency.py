@@ -72,6 +72,7 @@ def run(arguments: Any) -> None:
 def _print(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="predicted milliseconds of pruned models that the profile has not seen")
     for column in ("model", "plans", "mean error", "within 10 %", "rank", "saved ms, median error", "profile"):
@@ -82,10 +83,10 @@ def _print(results: dict[str, Any]) -> None:
             effort += f", {row['overhead']:.0%} more than their calls"
         table.add_row(name, *_figures(row), effort)
         table.add_row("  in proportion to MACs", *_figures(row["macs_proportional"]), "")
-    console = Console()
+    console = Console(markup=False)  # names are of files
     console.print(table)
     for warning in results["warnings"]:
-        console.print(f"[yellow]warning[/]: {warning}")
+        console.print(Text.assemble(("warning", "yellow"), ": ", warning))
 
 
 def _figures(row: dict[str, Any]) -> list[str]:

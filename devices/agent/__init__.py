@@ -6,8 +6,21 @@ from devices.agent.native import NativeAgent
 from devices.agent.protocol import Agent, AgentError, Answer, Checksum, Job, parse_answer
 from devices.agent.python_board import PythonAgent
 from devices.agent.trtexec import TrtexecAgent
+from devices.errors import DeviceError
 
 AGENTS = {"native": NativeAgent, "python": PythonAgent, "trtexec": TrtexecAgent}
+
+
+def agent_named(name: str) -> type:
+    """The agent of this name.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    if name not in AGENTS:
+        raise DeviceError(f"unknown agent {name!r}; accepted: {', '.join(AGENTS)}.")
+    return AGENTS[name]
+
 
 __all__ = [
     "AGENTS",
@@ -19,5 +32,6 @@ __all__ = [
     "NativeAgent",
     "PythonAgent",
     "TrtexecAgent",
+    "agent_named",
     "parse_answer",
 ]

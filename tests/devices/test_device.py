@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import devices
+from devices.errors import DeviceAbsent, DeviceGone
 from devices.memory import peak_memory_mb, resident_memory_mb
 from devices.transports import Completed
 
@@ -31,6 +32,13 @@ def test_this_machine():
     assert info.address == "host" and info.cores >= 1 and info.cpu and info.machine and info.memory_mb > 100
     assert device.kind == "linux"
     assert "kind" in device.conditions()
+
+
+def test_a_device_that_is_not_there_is_told_from_one_that_goes(monkeypatch):
+    absent = Talker("")
+    monkeypatch.setattr(absent, "run", lambda command, **options: (_ for _ in ()).throw(DeviceGone("ssh://x is off.")))
+    with pytest.raises(DeviceAbsent, match="ssh://x is off"):
+        devices.Device("ssh://x", transport=absent).info()
 
 
 def test_cores_are_the_machines(monkeypatch):
