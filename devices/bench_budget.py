@@ -192,9 +192,15 @@ class _Bench:
         }
 
     def _again(self, result: Any) -> dict[str, Any]:
-        """The plan timed once more, apart from what corrected the pass."""
-        rounds = result.metrics["measured"]
-        return {"rounds": rounds, "measured_ms": self.cost.measure(result.plan), "plan": result.plan.to_json()}
+        """The plan timed once more, apart from what corrected the pass.
+
+        Raises:
+            InputError: the device is not attached any more.
+        """
+        rounds, measured = result.metrics["measured"], self.cost.measure(result.plan)
+        if measured is None:
+            raise InputError(f"{self.cost.notes[-1]} Attach it and give the same command again.")
+        return {"rounds": rounds, "measured_ms": measured, "plan": result.plan.to_json()}
 
     def _prune(self, keep: float, driver: str, *, evaluate: bool = False, **options: Any) -> tuple[Any, float]:
         model, processor = load_dense(self.model), load_processor(self.model)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,16 @@ def _short(value: Any) -> str:
 
 
 def doubts(measured: Profile) -> list[str]:
-    """What makes a profile doubtful, by the device's conditions at its beginning and at its end; a sentence each."""
-    if len(measured.conditions) < 2:
+    """What makes a profile doubtful, by the device's conditions from its beginning to its end; a sentence each.
+
+    Neighbours are compared, too: a device that throttles for an hour may be as cool at the end as it was at the beginning.
+    """
+    found = list(measured.conditions)
+    if len(found) < 2:
         return []
-    return changed(measured.conditions[0], measured.conditions[-1])
+    # Later on the load is that of the measurement itself.
+    pairs = [(found[0], found[-1]), *((before | {"load": None}, after) for before, after in pairwise(found))]
+    return list(dict.fromkeys(sentence for pair in pairs for sentence in changed(*pair)))
 
 
 class _Session:

@@ -73,6 +73,11 @@ class Subject:
         elif text_tokens is None:
             most = getattr(config.text_config, "max_position_embeddings", DENSE_PROMPT)
             text_tokens = most if family_of(model).fusion(model) is None and most <= 77 else min(DENSE_PROMPT, most)
+        elif (taken := family_of(model).default_request(model, text_tokens).text_tokens) != text_tokens:
+            bound = "most" if taken < text_tokens else "least"
+            raise InputError(
+                f"prompts of {text_tokens} tokens are none for {str(ref)!r}, which takes at {bound} {taken}."
+            )
         processor = load_processor(ref)
         if str(ref).startswith(RANDOM):  # its processor is made up, and so are its token ids
             config = config_for(processor, config)

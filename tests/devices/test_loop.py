@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,7 @@ from comp_edge.structure import empty_model
 from comp_edge.units import dense_plan
 from devices.agent.protocol import Job
 from devices.bench import Compared, ms_per_mac, summarize
+from devices.bench_budget import _Bench
 from devices.bench_budget import summarize as summarize_budgets
 from devices.errors import DeviceError, DeviceGone
 from devices.loop import DeviceCost, cost_of
@@ -209,6 +211,15 @@ def test_a_benchmark_says_what_was_never_quiet(profile, dense):
     rows = [Compared(dense, m, float(m), 1.01 * m, 1.2 * m, 0.1, settled=m < 6) for m in (2, 4, 6)]
     (warning,) = summarize({"a": (DeviceCost(profile).model, rows, 10.0)})["warnings"]
     assert "never quiet enough to measure 1 of 3 plans; the error of the others is 1.0%" in warning
+
+
+def test_a_budget_benchmark_without_its_device_writes_nothing(profile, dense, tmp_path):
+    """A part that was kept without milliseconds would be no part of any later summary."""
+    cost = DeviceCost(profile)
+    cost._detach("unplugged")
+    bench = _Bench("llava-digits", "digit_vqa", cost, tmp_path, steps=None)
+    with pytest.raises(InputError, match="unplugged. Attach it and give the same command again"):
+        bench._again(SimpleNamespace(metrics={"measured": []}, plan=dense))
 
 
 def test_pairs_of_a_budget_benchmark():

@@ -3,6 +3,7 @@
 import pytest
 
 from comp_edge.cost import MacsCost
+from comp_edge.errors import InputError
 from comp_edge.units import check_plan
 from devices.depth import with_layers
 from devices.errors import DeviceError
@@ -70,6 +71,13 @@ def test_held_out_plans_are_others_of_all_sizes(subject):
         check_plan(model, plan)
         assert plan not in measured
     assert plans == held_out_plans(subject, 8, seed=5) != held_out_plans(subject, 8, seed=6)
+
+
+def test_prompts_that_are_too_long():
+    assert Subject.of("clip-digits", text_tokens=20).text_tokens == 20
+    for asked, said in ((33, "at most 32"), (1, "at least 2")):
+        with pytest.raises(InputError, match=f"prompts of {asked} tokens are none for 'clip-digits', .* {said}"):
+            Subject.of("clip-digits", text_tokens=asked)
 
 
 def test_fewer_layers(subject):

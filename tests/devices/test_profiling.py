@@ -84,6 +84,17 @@ def test_a_device_that_goes_away_leaves_what_was_measured_and_the_rest_follows(s
     )
 
 
+def test_what_happened_in_the_middle_is_said(subject, lowered):
+    """A device that throttled and had cooled down again at the end; each sentence once, and the load is the profile's own."""
+    made = profile(device(), subject)
+
+    def at(celsius, load):
+        return {"kind": "linux", "cores": 4, "load": [load] * 3, "temperatures": [{"name": "soc", "celsius": celsius}]}
+
+    conditions = (at(40.0, 0.1), at(61.5, 3.0), at(61.5, 3.0), at(40.0, 3.0), at(61.5, 3.0), at(41.0, 3.0))
+    assert doubts(made.model_copy(update={"conditions": conditions})) == ["soc rose by 21.5 °C, from 40.0 to 61.5."]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
