@@ -112,7 +112,6 @@ struct Result {
   double first_ms = 0;
   double total_ms = 0;
   std::vector<double> wall_ms;
-  std::vector<double> cpu_ms;
   std::vector<double> beat_ms;  // before the first call and after each
   long peak_rss_kb = -1;
   std::vector<Checksum> outputs;
@@ -141,21 +140,15 @@ double load(Module& module, const Options& options) {
   return now(CLOCK_MONOTONIC_RAW) - start;
 }
 
-struct Call {
-  double wall_ms;
-  double cpu_ms;
-};
-
+// Milliseconds of a call.
 template <typename Use>
-Call call(Module& module, const Options& options, const Inputs& inputs, Use use) {
-  const double cpu = now(CLOCK_PROCESS_CPUTIME_ID);
-  const double wall = now(CLOCK_MONOTONIC_RAW);
+double call(Module& module, const Options& options, const Inputs& inputs, Use use) {
+  const double start = now(CLOCK_MONOTONIC_RAW);
   auto outputs = module.execute(options.method, inputs.values);
-  const double wall_end = now(CLOCK_MONOTONIC_RAW);
-  const double cpu_end = now(CLOCK_PROCESS_CPUTIME_ID);
+  const double end = now(CLOCK_MONOTONIC_RAW);
   check(outputs.error(), "method " + quoted(options.method) + " failed");
   use(*outputs);
-  return {wall_end - wall, cpu_end - cpu};
+  return end - start;
 }
 
 void measure(Module& module, const Options& options, const Inputs& inputs, ETDumpGen* tracer, Result& result) {
@@ -167,8 +160,8 @@ void measure(Module& module, const Options& options, const Inputs& inputs, ETDum
     }
   };
   for (long i = 0; i < options.warmup; ++i) {
-    const Call one = i == 0 ? call(module, options, inputs, keep) : call(module, options, inputs, ignore);
-    if (i == 0) result.first_ms = one.wall_ms;
+    const double ms = i == 0 ? call(module, options, inputs, keep) : call(module, options, inputs, ignore);
+    if (i == 0) result.first_ms = ms;
   }
   if (tracer != nullptr) tracer->reset();  // what is traced is what is counted
   double spent = 0;
@@ -177,12 +170,11 @@ void measure(Module& module, const Options& options, const Inputs& inputs, ETDum
   const double start = now(CLOCK_MONOTONIC);
   for (long i = 0; i < kMostSamples && (i < options.iterations || spent < options.min_seconds * 1e3); ++i) {
     const bool first = i == 0 && options.warmup == 0;
-    const Call one = first ? call(module, options, inputs, keep) : call(module, options, inputs, ignore);
-    if (first) result.first_ms = one.wall_ms;
-    result.wall_ms.push_back(one.wall_ms);
-    result.cpu_ms.push_back(one.cpu_ms);
+    const double ms = first ? call(module, options, inputs, keep) : call(module, options, inputs, ignore);
+    if (first) result.first_ms = ms;
+    result.wall_ms.push_back(ms);
     result.beat_ms.push_back(beat());
-    spent += one.wall_ms;
+    spent += ms;
   }
   result.total_ms = now(CLOCK_MONOTONIC) - start;
 }
@@ -276,7 +268,6 @@ std::string to_json(const Options& options, const Result& result) {
          ", \"outputs\": " + list(result.outputs, checksum) +
          ", \"etdump_bytes\": " + std::to_string(result.etdump_bytes) +
          ", \"wall_ms\": " + list(result.wall_ms, milliseconds) +
-         ", \"cpu_ms\": " + list(result.cpu_ms, milliseconds) +
          ", \"beat_ms\": " + list(result.beat_ms, milliseconds) + "}";
 }
 

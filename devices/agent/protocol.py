@@ -67,7 +67,6 @@ class Answer(BaseModel):
     load_ms: Milliseconds
     first_ms: Milliseconds
     wall_ms: Annotated[tuple[Milliseconds, ...], Field(min_length=1, max_length=MAX_SAMPLES)]
-    cpu_ms: Annotated[tuple[Milliseconds, ...], Field(max_length=MAX_SAMPLES)] = ()
     beat_ms: Annotated[tuple[Milliseconds, ...], Field(max_length=MAX_SAMPLES + 1)] = Field(
         default=(), description="of a small piece of work that is always the same, before the first call and after each"
     )
@@ -78,8 +77,6 @@ class Answer(BaseModel):
 
     @model_validator(mode="after")
     def _honest(self) -> Answer:
-        if self.cpu_ms and len(self.cpu_ms) != len(self.wall_ms):
-            raise ValueError(f"{len(self.wall_ms)} wall times but {len(self.cpu_ms)} processor times")
         if self.beat_ms and len(self.beat_ms) != len(self.wall_ms) + 1:
             raise ValueError(f"{len(self.wall_ms)} wall times but {len(self.beat_ms)} beats around them")
         # A clock that jumps, or samples that were not measured one after the other.

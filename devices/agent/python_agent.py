@@ -213,20 +213,19 @@ def measure(method: Any, inputs: Sequence[Tensor], args: argparse.Namespace) -> 
     """Times in milliseconds and checksums of the first call's outputs."""
     # Not `Method.execute`: it copies the outputs, which the C++ agent does not.
     execute, clock = method._method, time.clock_gettime_ns
-    raw, cpu = time.CLOCK_MONOTONIC_RAW, time.CLOCK_PROCESS_CPUTIME_ID
-    result: dict[str, Any] = {"outputs": [], "wall_ms": [], "cpu_ms": []}
+    result: dict[str, Any] = {"outputs": [], "wall_ms": []}
 
-    def call() -> tuple[float, float]:
-        cpu_start, start = clock(cpu), clock(raw)
+    def call() -> float:
+        start = clock(time.CLOCK_MONOTONIC_RAW)
         try:
             outputs = execute(inputs, clone_outputs=False)
         except RuntimeError as error:
             raise Fault(f"method {args.method!r} failed: {first_line(error)}") from None
-        end, cpu_end = clock(raw), clock(cpu)
+        ms = (clock(time.CLOCK_MONOTONIC_RAW) - start) / 1e6
         if "first_ms" not in result:
             # Later calls may find other values in the program's own buffers, and their outputs differ.
-            result.update(first_ms=(end - start) / 1e6, outputs=checksums(outputs))
-        return (end - start) / 1e6, (cpu_end - cpu_start) / 1e6
+            result.update(first_ms=ms, outputs=checksums(outputs))
+        return ms
 
     for _ in range(args.warmup):
         call()
@@ -237,11 +236,10 @@ def measure(method: Any, inputs: Sequence[Tensor], args: argparse.Namespace) -> 
     while len(result["wall_ms"]) < args.iterations or (
         spent < args.min_seconds * 1e3 and len(result["wall_ms"]) < MOST_SAMPLES
     ):
-        wall_ms, cpu_ms = call()
-        result["wall_ms"].append(wall_ms)
-        result["cpu_ms"].append(cpu_ms)
+        ms = call()
+        result["wall_ms"].append(ms)
         result["beat_ms"].append(beat())
-        spent += wall_ms
+        spent += ms
     result["total_ms"] = (clock(time.CLOCK_MONOTONIC) - start) / 1e6
     return result
 

@@ -13,7 +13,7 @@ from devices.errors import DeviceError
 from devices.transports import Completed, Transport
 from devices.transports.local import reading
 
-ANSWER_LIMIT = 48 * MAX_SAMPLES  # bytes: three numbers a sample, with room
+ANSWER_LIMIT = 32 * MAX_SAMPLES  # bytes: two numbers a sample, with room
 TRACE_LIMIT = 256 * 2**20  # bytes of a trace that is pulled
 FAILED = 3  # exit code of an agent that says why
 SIGNALS = {

@@ -55,7 +55,7 @@ class TrtexecAgent:
 
     Times are the GPU's of a call, without copies between host and GPU memory, and without a CUDA graph. Without `fp16`
     TensorRT may compute in TF32, as it does by default. `Answer.threads` is what the job says, and means nothing here;
-    outputs, processor times and memory are not known.
+    outputs and memory are not known.
 
     Args:
         workspace: a private folder on the device.

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from devices.errors import DeviceError
-from devices.profiles import Count, Measurement, Milliseconds, Name, percentile
+from devices.profiles import Count, Milliseconds, Name, percentile
 
 MAX_SAMPLES = 1_000_000
 MAX_TIMINGS = 10_000
@@ -69,20 +68,6 @@ class ImportedTiming(Known):
     first_ms: Milliseconds | None = None
     peak_memory_kb: Count | None = None
     other: dict[Name, Number] = {}
-
-    def to_measurement(self) -> Measurement:
-        """As a profile keeps it: all samples in one round.
-
-        Peak memory is not taken over: a profile's is the process's resident memory, and here it may be anything.
-
-        Raises:
-            DeviceError: single calls are not known.
-        """
-        if self.samples is None:
-            raise DeviceError(
-                f"of {self.name!r} only statistics are known; a measurement needs the times of single calls."
-            )
-        return Measurement(rounds=(self.samples,), load_ms=self.load_ms, first_ms=self.first_ms)
 
 
 class Imported(Known):

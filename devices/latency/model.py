@@ -50,7 +50,6 @@ class LatencyModel:
         held_out: by method, [n] predictions of its rows by fits without their points.
         steps: whether latency is a staircase in the number of tokens.
         decode_tokens: tokens generated after the first.
-        factor: what predictions are multiplied by, see `calibrated`.
     """
 
     profile: Profile
@@ -60,7 +59,6 @@ class LatencyModel:
     held_out: Mapping[str, np.ndarray]
     steps: stairs.Stairs
     decode_tokens: int = 0
-    factor: float = 1.0
 
     @classmethod
     def fit(cls, profile: Profile | str | Path) -> LatencyModel:
@@ -94,16 +92,6 @@ class LatencyModel:
             can = "0 or more" if "decode" in self.fits else "0: the profile has no 'decode'"
             raise DeviceError(f"decode_tokens {count} was asked for; accepted: {can}.")
         return replace(self, decode_tokens=count)
-
-    def calibrated(self, factor: float) -> LatencyModel:
-        """The same with predictions multiplied by a factor: what a real plan took, over what was predicted for it.
-
-        Raises:
-            DeviceError: the factor is no positive number.
-        """
-        if not (math.isfinite(factor) and factor > 0):
-            raise DeviceError(f"a calibration factor must be positive, got {factor}.")
-        return replace(self, factor=self.factor * factor)
 
     # ---- predictions
 
@@ -146,8 +134,8 @@ class LatencyModel:
         return found
 
     def _parts(self, plan: Plan, methods: Collection[str]) -> dict[str, float]:
-        fits, factor = self.fits, self.factor
-        return {method: factor * fits[method].curve(total) for method, total in self._sums(plan, methods).items()}
+        fits = self.fits
+        return {method: fits[method].curve(total) for method, total in self._sums(plan, methods).items()}
 
     def _sums(self, plan: Plan, methods: Collection[str]) -> dict[str, float]:
         """Milliseconds by method, as the sum of their parts."""
@@ -198,7 +186,7 @@ class LatencyModel:
             spread = max(float(np.sqrt((errors**2).mean())), float(np.median(rows.noise)))
             used = fitted.per_feature > 0
             seen = (rows.features * fitted.per_feature)[:, used] / rows.ms[:, None]
-            asked = (vectors[method] * fitted.per_feature)[used] * self.factor / max(ms, 1e-12)
+            asked = (vectors[method] * fitted.per_feature)[used] / max(ms, 1e-12)
             leverage = float(asked @ np.linalg.pinv(seen.T @ seen, rcond=1e-6) @ asked)
             squares += (calls[method] * ms * spread) ** 2 * (1 + leverage)
         return math.sqrt(squares)

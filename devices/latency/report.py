@@ -44,7 +44,6 @@ def report(model: LatencyModel) -> dict[str, Any]:
         "measurements": model.profile.measurements,
         "device_seconds": model.profile.seconds,
         "decode_tokens": model.decode_tokens,
-        "factor": model.factor,
         "methods": methods,
         "whole": whole,
         "macs_proportional": {"methods": plain, "whole": whole_plain},

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from devices.errors import DeviceError
 from devices.imports import Imported, ImportedTiming, import_results, read
 from devices.imports.model import MAX_TIMINGS
-from devices.profiles import Measurement
 
 FIXTURES = Path(__file__).parent / "fixtures" / "imports"
 FILES = sorted(
@@ -214,19 +213,6 @@ def test_tflite_of_several_runs(tmp_path):
     first, second = import_results(path).timings
     assert (first.name, second.name) == ("vision_encoder.tflite", "decoder.tflite")
     assert first.peak_memory_kb != second.peak_memory_kb
-
-
-def test_a_measurement_is_made_of_single_calls():
-    timing = load("coreml_functions.json").timings[0]
-    measurement = timing.to_measurement()
-    assert isinstance(measurement, Measurement)
-    assert (measurement.rounds, measurement.load_ms, measurement.steady) == ((timing.samples,), 412.5, 18.0)
-    assert measurement.peak_rss_kb is None, "Core ML's memory is not the process's"
-
-
-def test_no_measurement_is_made_of_statistics():
-    with pytest.raises(DeviceError, match="of 'vision_encoder.tflite' only statistics are known"):
-        only("tflite_2_19_android.txt").to_measurement()
 
 
 # Files that are not as they should be.

@@ -119,18 +119,6 @@ def test_decoded_tokens(llava):
             latency.with_decode_tokens(count)
 
 
-def test_calibration(setup):
-    twice = setup.latency.calibrated(1.5).calibrated(2.0)
-    plan = setup.plans(1)[0]
-    assert twice.predict(plan) == pytest.approx(3 * setup.latency.predict(plan))
-    assert sum(twice.parts(plan).values()) == pytest.approx(3 * sum(setup.latency.parts(plan).values()))
-    assert twice.by_layer(plan)[0].attention == pytest.approx(3 * setup.latency.by_layer(plan)[0].attention)
-    assert twice.uncertainty(plan) == pytest.approx(3 * setup.latency.uncertainty(plan))
-    for factor in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(DeviceError, match="factor must be positive"):
-            setup.latency.calibrated(factor)
-
-
 def test_the_same_profile_gives_the_same_model(llava, tmp_path):
     llava.profile.save(tmp_path / "profile.json")
     again = LatencyModel.fit(tmp_path / "profile.json").with_decode_tokens(llava.decoded)
