@@ -2,7 +2,7 @@
 
 What a removal costs at once says little of what it costs in the end: training makes good nearly all of what removing
 parameters costs, and never gives back what a dropped token knew (`docs/method.md` has figures). So nothing is judged where
-it is removed. A few ways to the budget that differ in the share of tokens are walked to their end, in few large stages
+it is removed. Two or three ways to the budget that differ in the share of tokens are walked to their end, in few large stages
 and with few training steps each; what the model has unlearnt there decides, and everything is put back.
 """
 

@@ -142,7 +142,7 @@ def _draw_modes(axes: Axes, cells: Sequence[Record], methods: Sequence[str], mod
 
 
 def selection_figure(cells: Sequence[Record]) -> Figure:
-    """Seconds of the selection over those of the training steps: bars are means, dots are cells; one panel a model.
+    """Seconds of the selection over those of the training steps: bars are medians, dots are cells; one panel a model.
 
     What validation took besides is drawn paler behind the bar.
     """
