@@ -225,14 +225,15 @@ def _cost_name(facts: Facts) -> str:
 
 
 def _ways(trace: tuple[Stage, ...]) -> list[dict[str, Any]]:
-    """The ways that were walked for trial, by their share of tokens."""
+    """The ways that were walked for trial, in that order."""
     return [
         {
             "tokens": words.percent(way.tokens), "loss": words.DASH if way.loss is None else f"{way.loss:.3f}",
-            "taken": way.tokens == stage.token_share,
+            "importance": way.importance or words.DASH,
+            "taken": (way.importance, way.tokens) == (stage.importance, stage.token_share),
         }
         for stage in trace
-        for way in sorted(stage.walks, key=lambda way: way.tokens)
+        for way in stage.walks
     ]  # fmt: skip
 
 
