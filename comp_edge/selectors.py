@@ -16,8 +16,8 @@ from comp_edge.calibrate import Collector, TokenStatistics, collect, gradient_sc
 from comp_edge.masks import UnitMasks
 from comp_edge.proposals import Proposal, Proposer
 from comp_edge.schedule import Schedule
-from comp_edge.scouting import IMPORTANCES, JUMPS, Way, best, bold, explore, rests
-from comp_edge.settings import Importance, PruneConfig
+from comp_edge.scouting import JUMPS, WAYS, best, bold, bracket, rests
+from comp_edge.settings import PruneConfig
 from comp_edge.state import State
 from comp_edge.strategy import BASELINES, MPS, turn
 from comp_edge.tasks.packing import examples, take_rows
@@ -147,44 +147,31 @@ class CompSelector:
 
 @dataclass
 class ProbeSelector:
-    """Ours: walk a few short ways to the budget first, and go on as the one did whose end was best (`scouting`).
+    """Ours: walk a few short ways to the budget first, and take the share of tokens whose way ends best (`scouting`).
 
-    They differ in what ranks units (Fisher per unit of cost over all layers, or Wanda relative to the layer's mean), and in how
-    much of the saving tokens bring; every stage then takes tokens and parameters in that proportion. (A probe that tried
-    single actions and took those that cost least at once was worse than removing parameters alone: see `docs/method.md`.)
+    Every stage then takes tokens and parameters in that proportion. Units of all streams share one ranking by the
+    gradient of the loss per unit of cost. (A probe that tried single actions and took those that cost least at once was
+    worse than removing parameters alone: see `docs/method.md`.)
 
     Attributes:
-        importances: what may rank units.
-        tokens, params: whether there are modes of them.
-        losses: of the ways that were walked; empty before the first stage, and where there is but one.
+        losses: of the ways that were walked, per share of tokens; empty before the first stage, unless there is but one way.
     """
 
-    importances: tuple[Importance, ...]
-    tokens: bool = True
-    params: bool = True
-    losses: dict[Way, float] = field(default_factory=dict)
-
-    @property
-    def ways(self) -> int:
-        """As many as were walked, or will at most be."""
-        if not self.params:
-            return 0
-        most = len(self.importances) + 2 * self.tokens
-        return len(self.losses) or (most if most > 1 else 0)
+    ways: int = WAYS
+    losses: dict[float, float] = field(default_factory=dict)
 
     def select(
         self, setting: Setting, state: State, *, goal: float, stage: int
     ) -> tuple[Proposal | None, dict[str, Any]]:
         """Tokens and parameters in the proportion that was found, or what still can be saved."""
         why: dict[str, Any] = {}
-        if self.ways and not self.losses:
-            self.losses = explore(
-                lambda way: _walk(setting, state, way), importances=self.importances, tokens=self.tokens
-            )
-            ends = {way: loss if math.isfinite(loss) else None for way, loss in self.losses.items()}
-            why = {"walks": [{**way._asdict(), "loss": loss} for way, loss in ends.items()]}
-        way = best(self.losses) if self.losses else Way(self.importances[0], float(not self.params))
-        taken = mixed(_ranked_by(setting, way.importance), state, way.tokens, goal)
+        if not self.losses:
+            self.losses = bracket(lambda share: _walk(setting, state, share))
+            self.ways = len(self.losses)
+            ends = {share: loss if math.isfinite(loss) else None for share, loss in self.losses.items()}
+            why = {"walks": [{"tokens": share, "loss": loss} for share, loss in ends.items()]}
+        share = best(self.losses)
+        taken = mixed(setting, state, share, goal)
         if not taken:
             return None, {}
         after = taken[-1].state
@@ -192,28 +179,23 @@ class ProbeSelector:
         mode = max(savings, key=lambda m: savings[m])  # the trace books a stage to what saved most of it
         also = [other for other, saving in savings.items() if saving > 0 and other != mode]
         chosen = Proposal(mode, after, sum(proposal.saving for proposal in taken))
-        told = {"token_share": way.tokens, "importance": way.importance, "also": also}
-        return chosen, {"why": "scouted", **told, **why}
+        return chosen, {"why": "scouted", "token_share": share, "also": also, **why}
 
     def booked(self, mode: str, *, stage: int, score_change: float, cost_change: float) -> None:
         """Nothing: the way has been found."""
 
     def to_json(self) -> dict[str, Any]:
         """What the walks ended with."""
-        return {"losses": [[*way, loss] for way, loss in self.losses.items()]}
+        return {"losses": list(self.losses.items())}
 
     def restore(self, value: Mapping[str, Any]) -> None:
         """What the walks ended with."""
-        self.losses = {Way(importance, float(tokens)): float(loss) for importance, tokens, loss in value["losses"]}
+        self.losses = {float(share): float(loss) for share, loss in value["losses"]}
+        self.ways = len(self.losses) if self.ways else 0
 
 
-def _ranked_by(setting: Setting, importance: Importance) -> Setting:
-    return replace(setting, config=replace(setting.config, importance=importance))
-
-
-def _walk(setting: Setting, state: State, way: Way) -> float:
+def _walk(setting: Setting, state: State, share: float) -> float:
     """The loss at the end of a short way to the budget; infinite where it does not get there, or training diverges."""
-    setting = _ranked_by(setting, way.importance)
     price, config = setting.proposer.price, setting.config
     limits = setting.proposer.limits
     limits = replace(limits, share=bold(limits.share, stages=config.stages))
@@ -224,7 +206,7 @@ def _walk(setting: Setting, state: State, way: Way) -> float:
         done = 0
         try:
             while (left := price(now) - setting.target) > 0:
-                if not (taken := mixed(far, now, way.tokens, min(goal, left))):
+                if not (taken := mixed(far, now, share, min(goal, left))):
                     return math.inf
                 now, pause = taken[-1].state, next(pauses)
                 train(now, pause)
@@ -331,9 +313,8 @@ def make_selector(strategy: str, config: PruneConfig, modes: Sequence[str]) -> S
         return FixedSelector()
     if strategy == "comp":
         return CompSelector(MPS(config.mps))
-    importances = IMPORTANCES if config.importance is None else (config.importance,)
-    tokens, params = (bool(streams_of(modes, kind)) for kind in ("tokens", "params"))
-    return ProbeSelector(importances, tokens=tokens, params=params)
+    tokens, params = streams_of(modes, "tokens"), streams_of(modes, "params")
+    return ProbeSelector() if tokens and params else ProbeSelector(ways=0, losses={float(bool(tokens)): 0.0})
 
 
 def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *, fade: float, cit: bool) -> None:

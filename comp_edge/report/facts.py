@@ -26,10 +26,9 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Way(BaseModel):
-    """A short way to the budget that was walked for trial: what ranked units, tokens' share of what it saved, its last loss."""
+    """A short way to the budget that was walked for trial: tokens' share of what it saved, and the loss at its end."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
-    importance: str | None = None
     tokens: Annotated[FiniteFloat, Field(ge=0, le=1)]
     loss: FiniteFloat | None  # None where it diverged, or did not get there
 
@@ -44,7 +43,6 @@ class Stage(BaseModel):
     why: str
     costs: dict[str, float] = {}
     walks: tuple[Way, ...] = ()
-    importance: str | None = None
     token_share: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     score: FiniteFloat
     loss: float | None  # None where nothing was trained

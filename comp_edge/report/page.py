@@ -225,15 +225,14 @@ def _cost_name(facts: Facts) -> str:
 
 
 def _ways(trace: tuple[Stage, ...]) -> list[dict[str, Any]]:
-    """The ways that were walked for trial, in that order."""
+    """The ways that were walked for trial, by their share of tokens."""
     return [
         {
             "tokens": words.percent(way.tokens), "loss": words.DASH if way.loss is None else f"{way.loss:.3f}",
-            "importance": way.importance or words.DASH,
-            "taken": (way.importance, way.tokens) == (stage.importance, stage.token_share),
+            "taken": way.tokens == stage.token_share,
         }
         for stage in trace
-        for way in stage.walks
+        for way in sorted(stage.walks, key=lambda way: way.tokens)
     ]  # fmt: skip
 
 

@@ -222,7 +222,7 @@ def test_hostile_questions_and_answers_are_text() -> None:
         "budget": HOSTILE, "stage_count": 0, "steps": 0, "minutes": 0.0, "checks": None, "score_chart": "", "macs_chart": "",
         "device": None, "timed": False,
         "examples": {"cards": [card], "right": 0}, "layer_charts": [], "dropped": {}, "starts": {}, "stages": [], "modes": (),
-        "zero": 0.5, "priced": False, "ways": [{"importance": HOSTILE, "tokens": HOSTILE, "loss": HOSTILE, "taken": True}],
+        "zero": 0.5, "priced": False, "ways": [{"tokens": HOSTILE, "loss": HOSTILE, "taken": True}],
         "reasons": set(), "shares": {}, "cost_name": HOSTILE,
         "parts": {"rows": [], "decode": None, "biggest": HOSTILE},
     }  # fmt: skip
