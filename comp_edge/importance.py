@@ -107,3 +107,17 @@ def relative_to_mean(scores: Tensor, alive: Tensor) -> Tensor:
     """Scores over the mean of the live units, so that layers of different scale can share one ranking."""
     mean = scores[alive].mean() if alive.any() else scores.new_ones(())
     return scores / mean.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def blend(squared: Tensor, scores: Tensor, alive: Tensor) -> Tensor:
+    """A geometric mean of two importances of a layer's units: of a squared one, and of one relative to the layer's mean.
+
+    Fisher importance per unit of cost compares units of all layers, but knows only what a removal costs at once; Wanda
+    spares layers whose other units are gone already. Neither is better alone (`docs/method.md`).
+
+    Args:
+        squared: [units] such as Fisher importance per unit of cost.
+        scores: [units] such as structured Wanda.
+        alive: [units] bool, whose mean is taken.
+    """
+    return squared.clamp(min=0).sqrt() * relative_to_mean(scores, alive)

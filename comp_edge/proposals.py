@@ -14,7 +14,7 @@ from torch import Tensor
 from comp_edge.calibrate import TokenStatistics
 from comp_edge.cost import Cost
 from comp_edge.families.base import Family, StreamView
-from comp_edge.importance import relative_to_mean
+from comp_edge.importance import blend, relative_to_mean
 from comp_edge.state import Chunk, State, next_chunk
 from comp_edge.units import Site
 
@@ -81,6 +81,7 @@ class Proposer:
         streams: Sequence[str],
         goal: float,
         per_cost: bool,
+        beside: Mapping[Site, Tensor] | None = None,
     ) -> Proposal | None:
         """Remove the least important chunks of one or several streams until `goal` of the dense cost is saved.
 
@@ -89,11 +90,16 @@ class Proposer:
             streams: what shares one ranking.
             per_cost: rank by importance per cost saved (scores comparable across layers), else by importance relative to
                 the layer's mean.
+            beside: a second importance, in the unit of the first's square root, of which only the layer's mean says how much it
+                is; a unit goes first where both are low.
         """
         new, before = state.copy(), self.price(state)
         sites = [s for s in scores if s.stream in streams and state.alive[s].any()]
         ranking = {s: scores[s] if per_cost else relative_to_mean(scores[s], state.alive[s]) for s in sites}
         unit_costs = {s: self._unit_cost(state, s) if per_cost else 1.0 for s in sites}
+        if beside is not None:
+            ranking = {s: blend(scores[s] / max(unit_costs[s], 1e-12), beside[s], state.alive[s]) for s in sites}
+            unit_costs = dict.fromkeys(sites, 1.0)
 
         def candidate(site: Site) -> tuple[float, Chunk] | None:
             chunk = self._next(new, site, ranking[site])

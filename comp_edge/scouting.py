@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 WAYS = 3  # at most, see `bracket`
 JUMPS = 3  # stages of a way that is walked for trial
-TRIAL = 0.2  # training steps of such a way, as a share of the pass's; half of them were too few (docs/method.md)
+TRIAL = 1 / 6  # training steps of such a way, as a share of the pass's; half of them were too few (docs/method.md)
 ROWS = 2  # only one of so many parts of a training batch is used: steps tell more of a way's end than examples do
 # A way that drops more tokens must end with at most this share of the loss of one that drops fewer. A walk is far shorter than
 # the pass, and the steps that it lacks make good what parameters lost, and not what tokens knew (docs/method.md).

@@ -149,9 +149,9 @@ class CompSelector:
 class ProbeSelector:
     """Ours: walk a few short ways to the budget first, and take the share of tokens whose way ends best (`scouting`).
 
-    Every stage then takes tokens and parameters in that proportion. Units of all streams share one ranking by the
-    gradient of the loss per unit of cost. (A probe that tried single actions and took those that cost least at once was
-    worse than removing parameters alone: see `docs/method.md`.)
+    Every stage then takes tokens and parameters in that proportion. Units of all streams share one ranking, by the gradient of
+    the loss per unit of cost and by Wanda relative to the layer's mean (see `importance.blend`). (A probe that tried single
+    actions and took those that cost least at once was worse than removing parameters alone: see `docs/method.md`.)
 
     Attributes:
         losses: of the ways that were walked, per share of tokens; empty before the first stage, unless there is but one way.
@@ -278,7 +278,7 @@ class Importances:
 
     @cached_property
     def units(self) -> dict[Site, Tensor]:
-        """[units] per site."""
+        """[units] per site; of a blend the part that gradients know."""
         s = self.setting
         if s.config.importance == "wanda":
             return self.listened.wanda()
@@ -298,8 +298,9 @@ def propose(
     """What a stage of parameters or tokens of these streams would do."""
     if kind == "tokens":
         return setting.proposer.tokens_by_threshold(state, importance.tokens, streams=streams, goal=goal)
-    per_cost = comparable(setting)
-    return setting.proposer.parameters(state, importance.units, streams=streams, goal=goal, per_cost=per_cost)
+    beside = importance.listened.wanda() if setting.config.importance == "blend" else None
+    options = {"streams": streams, "goal": goal, "per_cost": comparable(setting), "beside": beside}
+    return setting.proposer.parameters(state, importance.units, **options)
 
 
 def comparable(setting: Setting) -> bool:

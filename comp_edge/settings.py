@@ -11,7 +11,7 @@ from comp_edge.importance import Norm
 from comp_edge.plan import Plan
 from comp_edge.strategy import BASELINES, MPSConfig
 
-Importance = Literal["taylor", "fisher", "wanda"]
+Importance = Literal["taylor", "fisher", "wanda", "blend"]
 
 # The least that an option takes.
 AT_LEAST = {
@@ -31,15 +31,15 @@ class PruneConfig:
             teacher is kept, no gradient is computed, and memory stays close to the model's own.
         total_steps: optimizer steps in all, instead of `final_steps`: what the stages, however many, leave of them is spent
             after the plan is frozen.
-        importance: what ranks units: first-order Taylor or Fisher, which need gradients, or structured Wanda. By default
-            Wanda, as in the paper, but Fisher for `probe` where something is trained.
+        importance: what ranks units: first-order Taylor or Fisher, which need gradients, structured Wanda, or a blend of
+            Fisher and Wanda. By default Wanda, as in the paper, but the blend for `probe` where something is trained.
         lr, matrix_lr: peak learning rates of AdamW (by default 2e-3 beside Muon, and 5e-4 alone) and of Muon.
         muon: whether matrices are trained by Muon; by default in models of up to 50 million parameters.
         val_examples: validation examples that score a stage.
         calibration_batches: training batches for importance, and as many others that judge ways walked for trial.
         modes: which modes may run; None for all of the family.
-        cip, cit: token-weighted parameter importance (of Wanda), mask-corrected token importance. By default on, but off
-            for the baselines `params`, `tokens` and `joint`.
+        cip, cit: token-weighted parameter importance (of Wanda), mask-corrected token importance. By default both for
+            `comp`, and the second for `probe`.
         token_norm: Norm of S^t.
         distill: weight of the dense model's logits in the objective; 0 trains on the task's loss alone.
         distill_hidden: weight of its hidden states, where tokens survive (see `recovery.Distillation`).
@@ -119,12 +119,12 @@ class PruneConfig:
 
     def of(self, strategy: str) -> PruneConfig:
         """The same with what a strategy decides where nothing was given."""
-        cim = strategy not in BASELINES
+        blends = strategy == "probe" and self.trains
         return replace(
             self,
-            importance=self.importance or ("fisher" if strategy == "probe" and self.trains else "wanda"),
-            cip=cim if self.cip is None else self.cip,
-            cit=cim if self.cit is None else self.cit,
+            importance=self.importance or ("blend" if blends else "wanda"),
+            cip=strategy == "comp" if self.cip is None else self.cip,
+            cit=strategy not in BASELINES if self.cit is None else self.cit,
         )
 
 

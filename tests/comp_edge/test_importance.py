@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comp_edge.importance import (
+    blend,
     input_energy,
     normalize,
     per_unit,
@@ -151,6 +152,16 @@ def test_per_unit():
     channels = torch.arange(12.0)
     torch.testing.assert_close(per_unit(channels, 4), torch.tensor([1.5, 5.5, 9.5]))
     torch.testing.assert_close(per_unit(channels, 1), channels)
+
+
+def test_a_blend_is_low_where_both_are():
+    """And does not care in which unit either is measured, as long as it is one for all layers, or one a layer."""
+    squared, scores = torch.tensor([1.0, 1.0, 9.0, 9.0]), torch.tensor([2.0, 4.0, 2.0, 4.0])
+    alive = torch.tensor([True] * 4)
+    found = blend(squared, scores, alive)
+    torch.testing.assert_close(found, torch.tensor([2 / 3, 4 / 3, 2.0, 4.0]))
+    torch.testing.assert_close(blend(squared * 4, scores * 7, alive), 2 * found)
+    assert bool(blend(-squared, scores, alive).isfinite().all()), "what a drop saves nothing of has a cost of about 0"
 
 
 def test_relative_to_mean():

@@ -155,6 +155,21 @@ def test_parameters_reach_the_goal_or_their_bound(proposer, model, start, goal, 
                 assert removed[site] > 0
 
 
+def test_two_importances_have_to_agree(proposer, model):
+    """What one of them holds to be worthless stays as long as the other one spares it."""
+    state = State.of(model, prompt_tokens=PROMPT, base="")
+    site, other = Site("language", 1, "ffn"), Site("language", 2, "ffn")
+    fisher = {s: torch.ones(len(alive)) for s, alive in state.alive.items() if s in (site, other)}
+    wanda = {s: torch.ones_like(scores) for s, scores in fisher.items()}
+    fisher[site][:8], wanda[site][:8], fisher[site][8:16] = 1e-6, 1e6, 0.01
+
+    def gone(**options: Any) -> set[int]:
+        proposal = proposer.parameters(state, fisher, streams=["language"], goal=1e-6, per_cost=True, **options)
+        return set((~proposal.state.alive[site]).nonzero()[:, 0].tolist())
+
+    assert gone() == set(range(8)) and gone(beside=wanda) == set(range(8, 16))
+
+
 @pytest.mark.parametrize("per_cost", [True, False])
 def test_the_least_important_go_first(proposer, model, per_cost):
     """With one site far below all others, a small goal takes from that alone."""

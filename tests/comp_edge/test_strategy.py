@@ -144,8 +144,8 @@ def test_modes_of_a_strategy(strategy, expected):
 def test_what_a_strategy_decides_where_nothing_was_given():
     for strategy in STRATEGIES:
         config = PruneConfig().of(strategy)
-        assert config.cip == config.cit == (strategy in ("comp", "probe"))
-        assert config.importance == ("fisher" if strategy == "probe" else "wanda")
+        assert config.cip == (strategy == "comp") and config.cit == (strategy in ("comp", "probe"))
+        assert config.importance == ("blend" if strategy == "probe" else "wanda")
         given_ = PruneConfig(cip=True, cit=False, importance="taylor").of(strategy)
         assert (given_.cip, given_.cit, given_.importance) == (True, False, "taylor")
     assert PruneConfig(stage_steps=0, final_steps=0).of("probe").importance == "wanda"  # no gradients there
