@@ -266,10 +266,7 @@ class Importances:
     @cached_property
     def listened(self) -> Collector:
         """Statistics of forward passes: Wanda's, and token importance."""
-        config, s = self.setting.config, self.setting
-        return collect(
-            s.model, s.masks, s.schedule, s.calibration, cip=config.cip, cit=config.cit, norm=config.token_norm
-        )
+        return self._listen(self.setting.calibration)
 
     @cached_property
     def tokens(self) -> TokenStatistics:
@@ -282,9 +279,23 @@ class Importances:
         s = self.setting
         if s.config.importance == "wanda":
             return self.listened.wanda()
+        return gradient_scores(
+            s.model, s.task, s.masks, self._parts(), power=1 if s.config.importance == "taylor" else 2
+        )
+
+    @cached_property
+    def beside(self) -> dict[Site, Tensor]:
+        """[units] per site, of a blend the part that activations know: for sums over tokens a part of the examples will do."""
+        return self._listen(self._parts(most=1)).wanda()
+
+    def _listen(self, batches: Iterable[dict[str, Tensor]]) -> Collector:
+        config, s = self.setting.config, self.setting
+        return collect(s.model, s.masks, s.schedule, batches, cip=config.cip, cit=config.cit, norm=config.token_norm)
+
+    def _parts(self, *, most: int | None = None) -> Iterator[dict[str, Tensor]]:
         # Contrastive losses say nothing of a single example.
-        parts = cut(s.calibration, PARTS, least=getattr(s.task, "least_examples", 1))
-        return gradient_scores(s.model, s.task, s.masks, parts, power=1 if s.config.importance == "taylor" else 2)
+        least = getattr(self.setting.task, "least_examples", 1)
+        return cut(self.setting.calibration, PARTS, least=least, most=most)
 
 
 def streams_of(modes: Sequence[str], kind: str) -> list[str]:
@@ -298,7 +309,7 @@ def propose(
     """What a stage of parameters or tokens of these streams would do."""
     if kind == "tokens":
         return setting.proposer.tokens_by_threshold(state, importance.tokens, streams=streams, goal=goal)
-    beside = importance.listened.wanda() if setting.config.importance == "blend" else None
+    beside = importance.beside if setting.config.importance == "blend" else None
     options = {"streams": streams, "goal": goal, "per_cost": comparable(setting), "beside": beside}
     return setting.proposer.parameters(state, importance.units, **options)
 
