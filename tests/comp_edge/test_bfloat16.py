@@ -85,7 +85,7 @@ def test_statistics_are_of_float32(make_model: Any, tiny_task: Any) -> None:
         alive = State.of(model, base="", prompt_tokens=8).alive
         masks.masks = {site: torch.ones(len(units)) for site, units in alive.items()}
         batches = list(itertools.islice(tiny_task.train_batches(0), 2))
-        collector = collect(model, masks, schedule, batches, cip=True, norm="mean")
+        collector = collect(model, masks, schedule, batches, cip=True, cit=True, norm="mean")
         gradients = gradient_scores(model, tiny_task, masks, batches, power=2)
         wanda = collector.wanda()
         scores = {key: part for key, parts in collector.tokens.scores.items() for part in parts}
