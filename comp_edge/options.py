@@ -50,7 +50,7 @@ def parse_method(label: str, *, base: PruneConfig) -> Method:
 
 def named_options(label: str) -> list[str]:
     """The options that a label gives."""
-    return [part.partition("=")[0] for part in label.partition(":")[2].split(",") if part]
+    return [name for name, _ in _pairs(label.partition(":")[2])]
 
 
 def with_options(config: PruneConfig, text: str, *, where: str) -> PruneConfig:
@@ -67,8 +67,7 @@ def with_options(config: PruneConfig, text: str, *, where: str) -> PruneConfig:
     """
     kinds = option_kinds()
     found: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
+    for name, value in _pairs(text):
         if name not in kinds:
             raise InputError(f"{where!r} has unknown option {name!r}; options are {', '.join(kinds)}.")
         if name in found:
@@ -98,6 +97,11 @@ def flat(config: PruneConfig) -> dict[str, Any]:
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     steps = values.pop("total_steps")
     return {"steps": steps, **{k: v for k, v in values.items() if k not in RESERVED}, **values["mps"]}
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    parts = [part.partition("=") for part in text.split(",") if part]
+    return [(name, value) for name, _, value in parts]
 
 
 def _convert(text: str, kind: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from devices.agent import AGENTS
+from devices.agent import AGENTS, agent_named
 from devices.agent.etdump import Part, attribute
 from devices.agent.protocol import Job
 from devices.agent.remote import CommandAgent
@@ -41,9 +41,9 @@ def check_tracer(agent: str) -> None:
     """Check that an agent can trace.
 
     Raises:
-        DeviceError: it cannot.
+        DeviceError: it cannot, or there is no such agent.
     """
-    if (made := AGENTS.get(agent)) is not None and not issubclass(made, CommandAgent):
+    if not issubclass(agent_named(agent), CommandAgent):
         able = [name for name, other in AGENTS.items() if issubclass(other, CommandAgent)]
         raise DeviceError(f"agent {agent!r} writes no traces of ExecuTorch's; accepted: {', '.join(able)}.")
 

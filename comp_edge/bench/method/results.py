@@ -50,8 +50,8 @@ def write_results(
     """
     cells = load_cells(out)
     known = {} if not (out / RESULTS_FILE).is_file() else read_json(out / RESULTS_FILE, what="results")
-    lines = [line for line in (known.get("command"), command) if line]
-    command = "\n".join(dict.fromkeys("\n".join(lines).splitlines())) or None
+    before = (known.get("command") or "").splitlines()
+    command = "\n".join(dict.fromkeys([*before, *filter(None, [command])])) or None
     by_place = {tuple(f[name] for name in PLACE): f for f in (*known.get("failures", []), *(failures or []))}
     done = {tuple(cell[name] for name in PLACE) for cell in cells}
     results: dict[str, Any] = {
