@@ -101,9 +101,8 @@ def run(
 def summarize(results: dict[str, tuple[LatencyModel, list[Compared], float]]) -> dict[str, Any]:
     """Errors over all models' plans (ranks are compared within a model), and of each model.
 
-    `measurements`, `device_seconds` and `overhead` are of the most demanding profile. `overhead` is the share of time that
-    the device was busy beyond the calls of what is measured, those to warm up included: starting and loading programs, anchors,
-    beats.
+    `measurements`, `device_seconds` and `overhead` are of the most demanding profile. `overhead` is what they took
+    longer than the raw measurements, as a share (see `Profile.overhead`).
     """
     models = {name: _judged(*result) for name, result in results.items()}
     everything = [(row, dense) for _, rows, dense in results.values() for row in rows]

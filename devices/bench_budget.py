@@ -86,12 +86,12 @@ def run(
         raise InputError(str(error)) from None
     bench = _Bench(model, task, cost, out, steps=steps or (QUICK_STEPS if quick else None))
     keeps, steered, seeds = (QUICK_KEEPS, QUICK_STEERED, QUICK_SEEDS) if quick else (KEEPS, STEERED, SEEDS)
-    jobs = [*bench.budgets(keeps), *bench.steered(steered, seeds)]
-    for done, (name, call) in enumerate(jobs):
-        on_progress(done, len(jobs), name)
+    passes = [*bench.budgets(keeps), *bench.steered(steered, seeds)]
+    for done, (name, call) in enumerate(passes):
+        on_progress(done, len(passes), name)
         if not bench.file(name).is_file():
             write_json(bench.file(name), call())
-    results = summarize([read_json(bench.file(name), what="part") for name, _ in jobs])
+    results = summarize([read_json(bench.file(name), what="part") for name, _ in passes])
     write_json(out / RESULTS_FILE, {"model": model, "task": task, "device": device, **results})
     write_bytes(out / PICTURE_FILE, steered_png([part for part in results["parts"] if part["kind"] == "steered"]))
     return results

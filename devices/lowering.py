@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,10 @@ def lowered_ahead(
 
 
 def _lower(subject: Subject, form: str, folder: Path, wanted: Wanted) -> list[Program]:
-    return write_programs(subject, wanted.plan, folder, layers=wanted.layers, methods=wanted.methods, form=form)
+    try:
+        return write_programs(subject, wanted.plan, folder, layers=wanted.layers, methods=wanted.methods, form=form)
+    finally:
+        gc.collect()  # graphs are full of circles and hold weights; a dozen models would fill the memory
 
 
 def _in_batches(

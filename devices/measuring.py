@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class _Turns:
     rounds: list[_Round] = field(default_factory=list)
     disturbed: list[_Round] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)  # all, disturbed ones too
-    warmed: float = 0.0  # milliseconds of calls to warm up
+    taken: float = 0.0  # milliseconds of loading, warming up, calls and beats
     first: Answer | None = None
     peak: int = 0
     spent: float = 0.0  # seconds beyond what a quiet device would need
@@ -115,7 +116,7 @@ class _Turns:
         if self.complete or not quiet:
             self.spent += seconds
         self.calls.extend(answer.wall_ms)
-        self.warmed += answer.first_ms * self.preset.warmup
+        self.taken += answer.load_ms + answer.first_ms * self.preset.warmup + answer.total_ms
         if quiet:
             self.rounds.append((quiet, anchor))
         else:
@@ -150,7 +151,7 @@ class _Turns:
             settled=self.settled,
             anchor_ms=tuple(anchor for _, anchor in rounds),
             disturbed=self._others(rounds),
-            called_ms=self.warmed + sum(self.calls),
+            taken_ms=self.taken,
             load_ms=self.first.load_ms,
             first_ms=self.first.first_ms,
             peak_rss_kb=self.peak or None,
@@ -219,7 +220,7 @@ def _anchor(agent: Stopwatch, anchor: Job, drift: Drift) -> float | None:
 
 
 class Stopwatch:
-    """Seconds that an agent was at work, of all that passes through it."""
+    """Seconds that a device was kept busy: those of all that passes through an agent, and of what else is `running`."""
 
     def __init__(self, agent: Agent, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._agent, self._clock = agent, clock
@@ -229,9 +230,15 @@ class Stopwatch:
         self._agent.install()
 
     def run(self, job: Job, *, timeout: float) -> Answer:
+        with self.running():
+            return self._agent.run(job, timeout=timeout)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is done here."""
         started = self._clock()
         try:
-            return self._agent.run(job, timeout=timeout)
+            yield
         finally:
             self.seconds += self._clock() - started
 

@@ -36,7 +36,7 @@ class Measurement(Strict):
         rejected: how many rounds were repeated because something disturbed them.
         settled: False where rounds were still disturbed, or did not agree, when no more repetitions were allowed.
         anchor_ms: of each round that counts: what the anchor took beside it, where that was quiet.
-        called_ms: all calls together, those to warm up included.
+        taken_ms: all rounds together: loading, warming up, calls and the beats between them.
     """
 
     rounds: Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=1)]
@@ -44,7 +44,7 @@ class Measurement(Strict):
     rejected: Count = 0
     settled: bool = True
     anchor_ms: tuple[Milliseconds | None, ...] = ()
-    called_ms: Milliseconds | None = None
+    taken_ms: Milliseconds | None = None
     load_ms: Milliseconds | None = None
     first_ms: Milliseconds | None = None
     peak_rss_kb: Count | None = None
@@ -167,11 +167,14 @@ class Profile(Strict):
 
     @property
     def overhead(self) -> float | None:
-        """What else the device was busy with, as a share of the seconds of calls; None where those were not counted."""
-        called = [m.called_ms for point in self.points for m in point.methods.values()]
-        if not called or None in called or not sum(called):
+        """What else the device was busy with, as a share of what measurements took; None where that was not counted.
+
+        It is what a profile costs more than timing each program alone: anchors, starting and cleaning up, reading conditions.
+        """
+        taken = [m.taken_ms for point in self.points for m in point.methods.values()]
+        if not taken or None in taken or not sum(taken):
             return None
-        return self.seconds * 1000 / sum(called) - 1
+        return self.seconds * 1000 / sum(taken) - 1
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

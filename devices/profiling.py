@@ -159,7 +159,8 @@ class _Session:
 
     def _note(self, when: str) -> None:
         """Book the device's time and conditions, and save."""
-        entry = {"time": time.time(), "when": when, **self.device.conditions()}
+        with self.sitting.agent.running():
+            entry = {"time": time.time(), "when": when, **self.device.conditions()}
         self.profile = self.profile.model_copy(
             update={
                 "conditions": (*self.profile.conditions, entry),

@@ -80,7 +80,7 @@ def _print(results: dict[str, Any]) -> None:
     for name, row in results["models"].items():
         effort = f"{row['measurements']} measurements, {row['device_seconds']:.0f} s"
         if row["overhead"] is not None:
-            effort += f", {row['overhead']:.0%} more than their calls"
+            effort += f", {row['overhead']:.0%} more than the raw measurements"
         table.add_row(name, *_figures(row), effort)
         table.add_row("  in proportion to MACs", *_figures(row["macs_proportional"]), "")
     console = Console(markup=False)  # names are of files

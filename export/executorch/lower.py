@@ -120,10 +120,40 @@ def _lowering() -> Iterator[None]:
     logging.disable(logging.WARNING)
     gc.disable()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _one_history():
             warnings.simplefilter("ignore")
             yield
     finally:
+        _forget_graphs()
         logging.disable(previous)
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def _one_history() -> Iterator[None]:
+    """Let the nodes of a graph share what they came from, and note no stack traces: a quarter of lowering's time.
+
+    Every pass of the toolchain copies the whole history of every node, deeply. A `NodeSource` is never changed once it is
+    made, and nothing of this gets into the program.
+    """
+    from torch.fx import config
+    from torch.fx.traceback import NodeSource
+
+    noting = config.do_not_emit_stack_traces
+    config.do_not_emit_stack_traces = True
+    NodeSource.__deepcopy__ = lambda self, memo: self
+    try:
+        yield
+    finally:
+        del NodeSource.__deepcopy__
+        config.do_not_emit_stack_traces = noting
+
+
+def _forget_graphs() -> None:
+    """Empty the two caches of the toolchain whose keys hold graphs, and with them all weights, until the process ends."""
+    from executorch.exir.backend.utils import is_same_node
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    is_same_node.cache_clear()
+    FakeTensorMode.cache_clear()

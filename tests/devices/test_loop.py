@@ -199,10 +199,10 @@ def test_macs_alone_are_given_all_whole_models():
     assert ms_per_mac(slow, fitted, cost) < 1.25 * ms_per_mac(made, fitted, cost)
 
 
-def test_overhead_is_what_calls_do_not_take(profile):
-    assert profile.overhead is None, "calls were not counted"
+def test_overhead_is_what_raw_measurements_do_not_take(profile):
+    assert profile.overhead is None, "what they took was not counted"
     point = profile.points[0]
-    counted = {name: m.model_copy(update={"called_ms": 1000.0}) for name, m in point.methods.items()}
+    counted = {name: m.model_copy(update={"taken_ms": 1000.0}) for name, m in point.methods.items()}
     one = profile.model_copy(update={"points": (point.model_copy(update={"methods": counted}),), "seconds": 4.5})
     assert one.overhead == pytest.approx(0.5)
 

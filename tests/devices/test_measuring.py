@@ -27,8 +27,8 @@ def test_jobs_take_turns_between_anchors():
     assert found["fast"].steady == 1.0 and found["slow"].steady == 7.0
     assert found["slow"].rejected == 0 and found["slow"].settled and len(found["slow"].rounds) == 3
     calls = sum(job.iterations for job in agent.jobs if job.method == "slow")
-    assert found["slow"].called_ms == 7.0 * calls + 3 * 14.0, (
-        "with a call to warm up in each round, which takes twice as long"
+    assert found["slow"].taken_ms == 7.0 * calls + 3 * (1.0 + 14.0), (
+        "each round loads, and warms up with a call that takes twice as long"
     )
     assert found["slow"].peak_rss_kb > 1000 and found["slow"].first_ms == 14.0
 
@@ -151,12 +151,14 @@ def test_a_failing_job_stops_the_measurement():
         take(SimulatedAgent(lambda job, number: 1.0, fails=fails))
 
 
-def test_the_stopwatch_counts_what_the_agent_does_and_nothing_else():
-    times = iter([0.0, 1.5, 10.0, 10.25])
+def test_the_stopwatch_counts_what_the_device_does_and_nothing_else():
+    times = iter([0.0, 1.5, 10.0, 10.25, 20.0, 21.0])
     watch = Stopwatch(SimulatedAgent(lambda job, number: 1.0), clock=lambda: next(times))
     for _ in range(2):
         watch.run(ANCHOR_JOB, timeout=1.0)
-    assert watch.seconds == 1.75
+    with watch.running():
+        pass
+    assert watch.seconds == 2.75
 
 
 def test_an_unknown_preset_is_named():
