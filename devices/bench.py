@@ -189,7 +189,8 @@ def _one(
 
     timings = _timed(subject, plans, folder / PLANS, device, **options, on_progress=comparing)
     cost = MacsCost(subject.shallow(None), decode_tokens=model.decode_tokens)
-    rate = ms_per_mac(measured, model, cost)
+    requests = whole_requests(measured, model)
+    rate = ms_per_mac(requests, cost)
     rows = [
         Compared(
             plan=plan,
@@ -202,16 +203,15 @@ def _one(
         )
         for plan, timing in zip(plans, timings, strict=True)
     ]
-    return model, rows, _requests(measured, model)[0][1]
+    return model, rows, requests[0][1]
 
 
-def ms_per_mac(measured: Profile, model: LatencyModel, cost: MacsCost) -> float:
+def ms_per_mac(requests: Sequence[tuple[Plan, float]], cost: MacsCost) -> float:
     """What MACs alone would make of a profile's whole models; in `LatencyModel.report` they are given the same."""
-    requests = _requests(measured, model)
     return proportional([cost.predict(plan) for plan, _ in requests], [ms for _, ms in requests])
 
 
-def _requests(measured: Profile, model: LatencyModel) -> list[tuple[Plan, float]]:
+def whole_requests(measured: Profile, model: LatencyModel) -> list[tuple[Plan, float]]:
     """The plans of a profile's whole models, the dense one first, and milliseconds of a request in each."""
     whole = [(point.parsed_plan(), point.methods) for point in measured.points if point.kind == "whole"]
     return [(plan, request_ms(model, plan, methods)) for plan, methods in whole]

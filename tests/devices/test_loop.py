@@ -19,7 +19,7 @@ from comp_edge.errors import InputError
 from comp_edge.structure import empty_model
 from comp_edge.units import dense_plan
 from devices.agent.protocol import Job
-from devices.bench import Compared, ms_per_mac, summarize
+from devices.bench import Compared, ms_per_mac, summarize, whole_requests
 from devices.bench_budget import _Bench
 from devices.bench_budget import summarize as summarize_budgets
 from devices.errors import DeviceError, DeviceGone
@@ -195,8 +195,8 @@ def test_macs_alone_are_given_all_whole_models():
         method["rounds"] = [[2 * ms for ms in samples] for samples in method["rounds"]]
     slow = made.model_copy(update={"points": (Point(**dense), *made.points[1:])})
     cost, fitted = MacsCost(empty_model(clip_config())), DeviceCost(made).model
-    assert ms_per_mac(made, fitted, cost) == pytest.approx(1e-6 / RATE, rel=0.15)
-    assert ms_per_mac(slow, fitted, cost) < 1.25 * ms_per_mac(made, fitted, cost)
+    assert ms_per_mac(whole_requests(made, fitted), cost) == pytest.approx(1e-6 / RATE, rel=0.15)
+    assert ms_per_mac(whole_requests(slow, fitted), cost) < 1.25 * ms_per_mac(whole_requests(made, fitted), cost)
 
 
 def test_overhead_is_what_raw_measurements_do_not_take(profile):
