@@ -233,6 +233,8 @@ def test_other_options_in_the_same_folder(whole: Path, command: Any, dense: Path
     for part in make_model(5):
         part.save_pretrained(other)
     assert "with dense_weights " in fails(capsys, command(whole, "--dense", tmp_path))
+    beside = fails(capsys, command(whole, "--dense", tmp_path, "--strategies", "joint"))
+    assert "of dense seed 0 with dense_weights " in beside, "another cell would be compared with those of another model"
     (other / "metrics.json").write_text('{"task": "easy_vqa", "seed": 0}')
     assert "was trained on 'easy_vqa'" in fails(capsys, command(whole, "--dense", tmp_path))
     (other / "plan.json").write_text("{}")

@@ -113,11 +113,16 @@ def check_options(cells: Sequence[Cell], models: dict[tuple[Target, int], DenseM
         elif begun.is_file():
             _compare(read_json(begun, what="options"), now, cell.name, out)
     wanted = {cell.method.label: _shared(cell.method.label, cell.options(None)) for cell in cells}
+    # Cells are compared in pairs of the same dense seed: what was trained from it elsewhere is another model.
+    trained = {(target.label, seed): digest for (target, seed), digest in weights.items() if digest is not None}
     for other in load_cells(out):
         shared = _shared(other["strategy"], other["options"])
         name = f"{other['model']} {other['strategy']} {other['reduction']}"
         for now in wanted.values():
             _compare(shared, now, name, out)
+        seed = other["dense_seed"]
+        if (digest := trained.get((other["model"], seed))) is not None:
+            _compare(other["options"], {"dense_weights": digest}, f"{name} of dense seed {seed}", out)
 
 
 def _shared(label: str, options: dict[str, Any]) -> dict[str, Any]:
