@@ -132,7 +132,7 @@ def _lowering() -> Iterator[None]:
 
 @contextmanager
 def _one_history() -> Iterator[None]:
-    """Let the nodes of a graph share what they came from, and note no stack traces: a quarter of lowering's time.
+    """Let the nodes of a graph share what they came from, and note no stack traces: a fifth of lowering's time.
 
     Every pass of the toolchain copies the whole history of every node, deeply. A `NodeSource` is never changed once it is
     made, and nothing of this gets into the program.
