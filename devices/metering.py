@@ -34,6 +34,9 @@ class MeteredTransport(Transport):
     def push(self, local: Path, remote: str, *, executable: bool = False) -> None:
         self._inner.push(local, remote, executable=executable)
 
+    def offer(self, local: Path, remote: str) -> None:
+        self._inner.offer(local, remote)
+
     def pull(self, remote: str, local: Path, *, limit: int) -> None:
         self._inner.pull(remote, local, limit=limit)
 

@@ -6,7 +6,7 @@ Pure: from a model without weights to plans. The same model gives the same point
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +25,11 @@ from export.encoder_methods import kind_of
 BLOCK_LAYERS = 2
 # Of methods that read one row: behind the last attention all but that row goes, so that layer 1 must not be the last.
 BLOCK_LAYERS_OF_ONE_ROW = 3
-BLOCKS = {"vision": 3, "language": 3}  # how many of each stream
+# What share of the longest prompt the blocks of a stream have: short prompts are no long ones with tokens dropped.
+BLOCK_PROMPTS = (1.0, 0.5, 0.15)
 # Shares of the MACs of the whole models; the first is dense. A curve takes four, and one more to leave out.
 WHOLE_KEEP = (1.0, 0.7, 0.45, 0.3, 0.2)
+WHOLE_PROMPTS = (1.0, 0.1, 0.5, 1.0, 0.25)
 LEAST = 0.15  # of a sub-layer's units, and of the tokens, in a block
 STEP = 32  # widths are multiples of it, as in plans
 FEWEST = 6  # tokens that stay, as in plans
@@ -60,27 +62,41 @@ def choose_points(subject: Subject, *, seed: int = SEED) -> list[PointSpec]:
     """The points of a profile, the informative first: the dense model, blocks of each stream, the other whole models."""
     model = subject.shallow(None)
     generator = np.random.default_rng(seed)
-    plans = [subject.dense(model), *(balanced_plan(subject, model, keep, generator) for keep in WHOLE_KEEP[1:])]
+    shares = list(zip(WHOLE_KEEP, WHOLE_PROMPTS, strict=True))[1:]
+    plans = [
+        subject.dense(model),
+        *(balanced_plan(prompted(subject, model, share), model, keep, generator) for keep, share in shares),
+    ]
     whole = [
         PointSpec(f"whole-{keep:.2f}", "whole", _layers(plan), plan)
         for keep, plan in zip(WHOLE_KEEP, plans, strict=True)
     ]
-    blocks = [point for stream, count in BLOCKS.items() for point in _blocks(subject, stream, count, seed=seed)]
+    blocks = [point for stream in ("vision", "language") for point in _blocks(subject, stream, seed=seed)]
     return [whole[0], *blocks, *whole[1:]]
 
 
 def held_out_plans(subject: Subject, count: int, *, least: float = 0.2, most: float = 0.85, seed: int) -> list[Plan]:
-    """Plans of the whole model at shares of the MACs between two bounds, each with another balance of what goes.
+    """Plans of the whole model at shares of the MACs between two bounds, each with another balance of what goes and prompt.
 
-    They are what `comp-edge bench latency` judges predictions by, and no profile has measured them.
+    They are what `comp-edge bench latency` judges predictions by, and no profile has measured them. More of them begin with
+    those of fewer.
     """
-    model, generator = subject.shallow(None), np.random.default_rng([seed, count])
-    keeps = least + (most - least) * qmc.Halton(1, seed=seed).random(count)[:, 0]
-    return [balanced_plan(subject, model, keep, generator) for keep in keeps.tolist()]
+    model, plans = subject.shallow(None), []
+    for index, (keep, prompt) in enumerate(qmc.Halton(2, seed=seed).random(count).tolist()):
+        asked = prompted(subject, model, LEAST + (1 - LEAST) * prompt)
+        generator = np.random.default_rng([seed, index])
+        plans.append(balanced_plan(asked, model, least + (most - least) * keep, generator))
+    return plans
+
+
+def prompted(subject: Subject, model: Any, share: float) -> Subject:
+    """The same with a prompt of a share of its length, of a few tokens at least."""
+    wanted = max(min(FEWEST, subject.text_tokens), round(subject.text_tokens * share))
+    return replace(subject, text_tokens=family_of(model).default_request(model, wanted).text_tokens)
 
 
 def balanced_plan(subject: Subject, model: Any, keep: float, generator: np.random.Generator) -> Plan:
-    """A plan of the whole model at about a share of the MACs, in a random balance of streams, widths, layers and tokens.
+    """A plan of the whole model at about a share of a request's MACs, in a random balance of streams, widths and tokens.
 
     Every sub-layer and drop point has a random rate r and keeps exp(-r x) of what it has; x is what meets the share.
     """
@@ -136,18 +152,20 @@ class _Rates:
         )
 
 
-def _blocks(subject: Subject, name: str, count: int, *, seed: int) -> list[PointSpec]:
-    """Models of few layers in which one stream's widths and token counts are spread over their range (Sobol points)."""
+def _blocks(subject: Subject, name: str, *, seed: int) -> list[PointSpec]:
+    """Models of few layers in which one stream's widths and tokens are spread over their range (Sobol points)."""
     model = subject.shallow({"vision": BLOCK_LAYERS, "language": BLOCK_LAYERS} | {name: _block_layers(subject, name)})
-    views, dense = family_of(model).streams(model), subject.dense(model)
+    views = family_of(model).streams(model)
     streams = [name, *(other for other, view in views.items() if view.follows == name)]
     layers = [len(views[stream].layers) for stream in streams]
     # Sobol points are balanced in powers of two; the first of them are, too.
+    count = len(BLOCK_PROMPTS)
     rows = qmc.Sobol(2 * sum(layers) + 1, seed=seed).random(1 << (count - 1).bit_length())[:count]
     rows = LEAST + (1 - LEAST) * rows
     rows[0] = 1.0  # a dense layer is the end of the range that predictions start from
     points = []
-    for index, row in enumerate(rows.tolist()):
+    for index, (row, prompt) in enumerate(zip(rows.tolist(), BLOCK_PROMPTS, strict=True)):
+        dense = prompted(subject, model, prompt).dense(model)
         last = row.pop()
         shares = {}
         for stream, length in zip(streams, layers, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ SIGNALS = {
 
 
 class RemoteFiles:
-    """Local files on a device, by content: what is there already is not sent again.
+    """Local files on a device: one that is there already is not sent again, until it has changed.
 
     Args:
         folder: a private folder on the device.
@@ -34,39 +34,33 @@ class RemoteFiles:
 
     def __init__(self, transport: Transport, folder: str) -> None:
         self._transport, self._folder = transport, folder
-        self._digests: dict[tuple[Path, int, int, int], str] = {}
-        self._there: set[str] = set()
-        self._sent: dict[Path, str] = {}
+        self._names = itertools.count()
+        self._sent: dict[Path, tuple[tuple[int, ...], str]] = {}
 
     def send(self, path: Path) -> str:
-        """The path on the device of a file with this content.
+        """The path on the device of a file as it is now.
 
         Raises:
             DeviceError: it cannot be read here, or not be written there.
         """
-        remote = f"{self._folder}/{self._digest(path)}"
-        if remote not in self._there:
-            self._transport.push(path, remote)
-            self._there.add(remote)
-        self._sent[path.absolute()] = remote
+        with reading(path) as file:
+            status = os.fstat(file.fileno())
+        # Programs of gigabytes are timed many times over, so that their content is not read to tell whether it is the same.
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        known, remote = self._sent.get(path.absolute(), (None, ""))
+        if known != state:
+            self.remove(path)
+            remote = f"{self._folder}/file-{next(self._names)}"
+            self._transport.offer(path, remote)
+            self._sent[path.absolute()] = (state, remote)
         return remote
 
     def remove(self, path: Path) -> str | None:
         """Remove what a file was last sent as, and say where that was; None where it was not sent."""
-        remote = self._sent.pop(path.absolute(), None)
-        if remote in self._there:
-            self._there.discard(remote)
+        _, remote = self._sent.pop(path.absolute(), (None, None))
+        if remote is not None:
             self._transport.run(["rm", "-f", remote])
         return remote
-
-    def _digest(self, path: Path) -> str:
-        with reading(path) as file:
-            # A program is timed many times over: its digest is computed again only when the file has changed.
-            status = os.fstat(file.fileno())
-            key = (path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
-            if key not in self._digests:
-                self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._digests[key]
 
 
 class CommandAgent(ABC):
@@ -92,7 +86,7 @@ class CommandAgent(ABC):
         """
 
     def run(self, job: Job, *, timeout: float) -> Answer:
-        """Time a job; its files are pushed where they are not there yet (by content).
+        """Time a job; its files are pushed where they are not there yet.
 
         Raises:
             AgentError: the agent says why it cannot.

@@ -6,6 +6,7 @@ texts of that format and with a stand-in that runs the programs on the processor
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ class TrtexecAgent:
         self._transport, self._workspace, self._fp16 = transport, workspace, fp16
         self._places = PLACES if program is None else (program,)
         self._files = RemoteFiles(transport, workspace)
+        self._there: set[str] = set()  # inputs
         # By the program's place on the device.
         self._specs: dict[str, list[Input]] = {}
         self._engines: dict[str, Engine] = {}
@@ -179,14 +181,23 @@ class TrtexecAgent:
                     f"inputs {str(job.inputs)!r} have {len(raw)} bytes; {job.program.name!r} takes {total}."
                 )
         pairs, offset = [], 0
-        with TemporaryDirectory(prefix="comp-edge.") as folder:
-            for index, spec in enumerate(specs):
-                if raw is not None or not spec.floats:  # made-up integers could be no index of anything: zero is
-                    part = Path(folder, str(index))
-                    part.write_bytes(bytes(spec.size) if raw is None else raw[offset : offset + spec.size])
-                    pairs.append(f"{spec.name}:{self._files.send(part)}")
-                offset += spec.size
+        for spec in specs:
+            if raw is not None or not spec.floats:  # made-up integers could be no index of anything: zero is
+                part = bytes(spec.size) if raw is None else raw[offset : offset + spec.size]
+                pairs.append(f"{spec.name}:{self._send_input(part)}")
+            offset += spec.size
         return (f"--loadInputs={','.join(pairs)}",) if pairs else ()
+
+    def _send_input(self, data: bytes) -> str:
+        """The path on the device of a file with this content, which is sent once."""
+        remote = f"{self._workspace}/{hashlib.sha256(data).hexdigest()}"
+        if remote not in self._there:
+            with TemporaryDirectory(prefix="comp-edge.") as folder:
+                local = Path(folder, "input")
+                local.write_bytes(data)
+                self._transport.push(local, remote)
+            self._there.add(remote)
+        return remote
 
 
 def read_inputs(program: Path) -> list[Input]:

@@ -64,6 +64,14 @@ class Transport(ABC):
             DeviceError: it cannot be written there (no space, no permission).
         """
 
+    def offer(self, local: Path, remote: str) -> None:
+        """Let programs on the device read a file under another path: a copy, where the device is not this machine.
+
+        Raises:
+            DeviceGone, DeviceError: as `push`.
+        """
+        self.push(local, remote)
+
     @abstractmethod
     def pull(self, remote: str, local: Path, *, limit: int) -> None:
         """Copy a file of at most `limit` bytes from the device; it appears whole or not at all.

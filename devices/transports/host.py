@@ -55,6 +55,15 @@ class HostTransport(Transport):
                 os.fchmod(target.fileno(), 0o700)
             shutil.copyfileobj(source, target)
 
+    def offer(self, local: Path, remote: str) -> None:
+        check_path(remote)
+        with reading(local):  # so that it fails here, as a copy would
+            pass
+        try:
+            Path(remote).symlink_to(local.absolute())
+        except OSError as error:
+            raise DeviceError(f"{remote!r} cannot be written ({error.strerror or error}).") from None
+
     def pull(self, remote: str, local: Path, *, limit: int) -> None:
         check_path(remote)
         with reading(Path(remote)) as source, arriving(local) as target:

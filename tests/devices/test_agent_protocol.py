@@ -210,24 +210,26 @@ class Counting(HostTransport):
         super().__init__()
         self.sent: list[str] = []
 
-    def push(self, local: Path, remote: str, *, executable: bool = False) -> None:
+    def offer(self, local: Path, remote: str) -> None:
         self.sent.append(local.name)
-        super().push(local, remote, executable=executable)
+        super().offer(local, remote)
 
 
-def test_files_are_sent_once_by_content(tmp_path):
-    first, same, other = (tmp_path / name for name in ("first", "same", "other"))
+def test_files_are_sent_once_and_again_when_they_have_changed(tmp_path):
+    first, other = (tmp_path / name for name in ("first", "other"))
     first.write_bytes(b"content")
-    same.write_bytes(b"content")
     other.write_bytes(b"another")
     transport = Counting()
     with transport.workspace() as folder:
         files = RemoteFiles(transport, folder)
-        assert files.send(first) == files.send(first) == files.send(same) != files.send(other)
+        before = files.send(first)
+        assert before == files.send(first) != files.send(other)
         assert transport.sent == ["first", "other"]
         first.write_bytes(b"new content")
-        assert Path(files.send(first)).read_bytes() == b"new content"
+        after = files.send(first)
+        assert Path(after).read_bytes() == b"new content" and after != before and not Path(before).exists()
         assert transport.sent == ["first", "other", "first"]
+    assert first.read_bytes() == b"new content" and other.read_bytes() == b"another", "what is here stays"
 
 
 def test_what_is_removed_is_sent_again(tmp_path):

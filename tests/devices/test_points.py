@@ -1,14 +1,17 @@
 """Which programs are measured."""
 
+from dataclasses import replace
+
 import pytest
 
 from comp_edge.cost import MacsCost
 from comp_edge.errors import InputError
 from comp_edge.units import check_plan
+from comp_edge.units import text_tokens as prompt_length
 from devices.depth import with_layers
 from devices.errors import DeviceError
 from devices.latency.program import Program
-from devices.points import WHOLE_KEEP, choose_points, held_out_plans
+from devices.points import WHOLE_KEEP, WHOLE_PROMPTS, choose_points, held_out_plans, prompted
 from devices.programs import Subject
 
 NAMES = ("llava-digits", "blip-digits", "clip-digits", "random:smolvlm-256m", "random:clip-vit-b-16")
@@ -35,10 +38,12 @@ def test_points_are_plans_of_their_models(subject):
 def test_whole_models_have_the_shares_that_they_are_named_by(subject):
     cost = MacsCost(subject.shallow(None))
     whole = [point for point in choose_points(subject) if point.kind == "whole"]
-    dense = cost.predict(whole[0].plan)
     assert whole[0].plan == subject.dense(subject.shallow(None))
-    for point, keep in zip(whole, WHOLE_KEEP, strict=True):
-        assert cost.predict(point.plan) / dense == pytest.approx(keep, abs=0.02)
+    for point, keep, share in zip(whole, WHOLE_KEEP, WHOLE_PROMPTS, strict=True):
+        model = subject.shallow(None)
+        asked = prompted(subject, model, share)
+        assert prompt_length(model, point.plan) == asked.text_tokens
+        assert cost.predict(point.plan) / cost.predict(asked.dense(model)) == pytest.approx(keep, abs=0.02)
 
 
 def test_blocks_differ_in_every_size(subject):
@@ -63,14 +68,17 @@ def test_held_out_plans_are_others_of_all_sizes(subject):
     plans = held_out_plans(subject, 8, seed=5)
     model = subject.shallow(None)
     cost = MacsCost(model)
-    dense = cost.predict(subject.dense(model))
-    shares = sorted(cost.predict(plan) / dense for plan in plans)
+    prompts = [prompt_length(model, plan) for plan in plans]
+    assert min(prompts) < 0.4 * subject.text_tokens and max(prompts) > 0.7 * subject.text_tokens
+    dense = [cost.predict(replace(subject, text_tokens=prompt).dense(model)) for prompt in prompts]
+    shares = sorted(cost.predict(plan) / whole for plan, whole in zip(plans, dense, strict=True))
     assert shares[0] < 0.35 and shares[-1] > 0.7
     measured = [point.plan for point in choose_points(subject)]
     for plan in plans:
         check_plan(model, plan)
         assert plan not in measured
     assert plans == held_out_plans(subject, 8, seed=5) != held_out_plans(subject, 8, seed=6)
+    assert plans[:3] == held_out_plans(subject, 3, seed=5), "a run can be extended"
 
 
 def test_prompts_that_are_too_long():
