@@ -29,4 +29,4 @@ def write_anchor(folder: Path, *, form: str, threads: int, cpus: tuple[int, ...]
     else:
         path = folder / f"{NAME}.pte"
         path.write_bytes(lower({NAME: Method(module=module, inputs=inputs)}, constants={}).program)
-    return Job(program=path, method=NAME, threads=threads, cpus=cpus, warmup=2, iterations=10)
+    return Job(program=path, method=NAME, threads=threads, cpus=cpus, warmup=1, iterations=5)

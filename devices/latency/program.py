@@ -258,7 +258,7 @@ class Program:
         own = attention(shape, heads, groups, n=1, read=1, keys=slots, told=1, written=slots)
         cross = attention(shape, heads, groups, n=1, read=1, keys=language, told=0, written=0)
         layer = np.sum([own, cross, feed_forward(shape, shape.ffn, 1)], axis=0)
-        return tuple(layers * layer + vector(calls=1, fixed=fixed["head"].constant))
+        return tuple((layers * layer + vector(calls=1, fixed=fixed["head"].constant)).tolist())
 
     def outside_of(self, method: str, plan: Plan) -> Vector:
         """Features of a call of a method outside the pruned layers."""
