@@ -45,6 +45,7 @@ class Compared:
     """A plan that no profile has seen: milliseconds of a request, measured, predicted, and in proportion to MACs.
 
     Attributes:
+        dense: milliseconds of the dense model with the plan's own prompt.
         settled: whether the device was quiet enough for the measurement.
     """
 
@@ -54,6 +55,7 @@ class Compared:
     predicted: float
     proportional: float
     uncertainty: float
+    dense: float
     settled: bool = True
 
 
@@ -98,16 +100,16 @@ def run(
     return summary
 
 
-def summarize(results: dict[str, tuple[LatencyModel, list[Compared], float]]) -> dict[str, Any]:
+def summarize(results: dict[str, tuple[LatencyModel, list[Compared]]]) -> dict[str, Any]:
     """Errors over all models' plans (ranks are compared within a model), and of each model.
 
     `measurements`, `device_seconds` and `overhead` are of the most demanding profile. `overhead` is what they took
     longer than the raw measurements, as a share (see `Profile.overhead`).
     """
     models = {name: _judged(*result) for name, result in results.items()}
-    everything = [(row, dense) for _, rows, dense in results.values() for row in rows]
-    ours = _errors([(row.measured, row.predicted, dense) for row, dense in everything])
-    plain = _errors([(row.measured, row.proportional, dense) for row, dense in everything])
+    everything = [row for _, rows in results.values() for row in rows]
+    ours = _errors([(row.measured, row.predicted, row.dense) for row in everything])
+    plain = _errors([(row.measured, row.proportional, row.dense) for row in everything])
     for pooled, key in ((ours, None), (plain, "macs_proportional")):
         ranks = [(m if key is None else m[key])["whole_model"]["spearman"] for m in models.values()]
         known = [rank for rank in ranks if rank is not None]
@@ -123,8 +125,8 @@ def summarize(results: dict[str, tuple[LatencyModel, list[Compared], float]]) ->
     error, other = ours["whole_model"]["mape"], plain["whole_model"]["mape"]
     worse = error * TWICE > other
     found["warnings"] = [f"{error:.1%} is not {TWICE:g} times better than MACs alone, {other:.1%}."] if worse else []
-    if restless := [row for row, _ in everything if not row.settled]:
-        quiet = _errors([(row.measured, row.predicted, dense) for row, dense in everything if row.settled])
+    if restless := [row for row in everything if not row.settled]:
+        quiet = _errors([(row.measured, row.predicted, row.dense) for row in everything if row.settled])
         error = quiet["whole_model"]["mape"]
         others = "none did" if error is None else f"the error of the others is {error:.1%}"
         found["warnings"].append(
@@ -133,15 +135,14 @@ def summarize(results: dict[str, tuple[LatencyModel, list[Compared], float]]) ->
     return found
 
 
-def _judged(model: LatencyModel, rows: list[Compared], dense: float) -> dict[str, Any]:
-    plain = _errors([(row.measured, row.proportional, dense) for row in rows])
+def _judged(model: LatencyModel, rows: list[Compared]) -> dict[str, Any]:
+    plain = _errors([(row.measured, row.proportional, row.dense) for row in rows])
     return {
-        **_errors([(row.measured, row.predicted, dense) for row in rows]),
+        **_errors([(row.measured, row.predicted, row.dense) for row in rows]),
         "macs_proportional": plain,
         "measurements": model.profile.measurements,
         "device_seconds": model.profile.seconds,
         "overhead": model.profile.overhead,
-        "dense_ms": dense,
         "fit": model.report(),
         "plans": [
             {
@@ -150,6 +151,7 @@ def _judged(model: LatencyModel, rows: list[Compared], dense: float) -> dict[str
                 "predicted_ms": row.predicted,
                 "proportional_ms": row.proportional,
                 "uncertainty_ms": row.uncertainty,
+                "dense_ms": row.dense,
                 "settled": row.settled,
             }
             for row in rows
@@ -158,7 +160,7 @@ def _judged(model: LatencyModel, rows: list[Compared], dense: float) -> dict[str
 
 
 def _errors(rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
-    """Errors of (measured, predicted, dense) milliseconds; what a plan saves is counted from the measured dense model."""
+    """Errors of (measured, predicted, dense) milliseconds; what a plan saves is counted from its dense."""
     found = accuracy([row[0] for row in rows], [row[1] for row in rows])
     saved = [abs(measured - predicted) / abs(dense - measured) for measured, predicted, dense in rows]
     return {
@@ -169,8 +171,8 @@ def _errors(rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
 
 def _one(
     name: str, folder: Path, device: Device, *, count: int, threads: int, jobs: int, on_progress: Progress
-) -> tuple[LatencyModel, list[Compared], float]:
-    """Profile a model, measure plans, predict them; also the milliseconds of the dense model."""
+) -> tuple[LatencyModel, list[Compared]]:
+    """Profile a model, measure plans, predict them."""
     subject = Subject.of(name)
 
     def profiling(done: int, total: int, text: str) -> None:
@@ -188,8 +190,10 @@ def _one(
         on_progress(points + done, points + count, text)
 
     timings = _timed(subject, plans, folder / PLANS, device, **options, on_progress=comparing)
-    cost = MacsCost(subject.shallow(None), decode_tokens=model.decode_tokens)
+    empty = subject.shallow(None)
+    cost = MacsCost(empty, decode_tokens=model.decode_tokens)
     requests = whole_requests(measured, model)
+    longest, took = requests[0]
     rate = ms_per_mac(requests, cost)
     rows = [
         Compared(
@@ -199,11 +203,13 @@ def _one(
             predicted=model.predict(plan),
             proportional=rate * cost.predict(plan),
             uncertainty=model.uncertainty(plan),
+            # As the longest prompt was measured, and what a shorter one saves of it by prediction: that is not pruning's merit.
+            dense=took * model.predict(subject.prompted(empty, plan).dense(empty)) / model.predict(longest),
             settled=all(one.settled for one in timing.values()),
         )
         for plan, timing in zip(plans, timings, strict=True)
     ]
-    return model, rows, requests[0][1]
+    return model, rows
 
 
 def ms_per_mac(requests: Sequence[tuple[Plan, float]], cost: MacsCost) -> float:

@@ -263,7 +263,7 @@ class ProfileCommand:
         parser.add_argument("device", metavar="DEVICE", help=DEVICE_HELP)
         parser.add_argument("--model", required=True, help=common.MODEL_HELP)
         parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the profile to write")
-        parser.add_argument("--prompt-tokens", type=common.count, metavar="N", help="text tokens of a request's prompt")
+        parser.add_argument("--prompt-tokens", type=common.count, metavar="N", help="text tokens of the longest prompt")
         parser.add_argument(
             "--max-new-tokens", type=common.count, default=NEW_TOKENS, metavar="N",
             help="room for the answer, for models that generate (default: %(default)s)",

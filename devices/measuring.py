@@ -46,7 +46,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset("quick", rounds=5, iterations=5, min_seconds=0.25, patience=20.0),
+    "quick": Preset("quick", rounds=5, iterations=8, min_seconds=0.25, patience=20.0),
     # MLPerf Mobile's single stream: at least 1,024 samples and at least a minute; the 90th percentile counts.
     "report": Preset(
         "report", rounds=10, iterations=16, min_seconds=1.0, warmup=3, samples=1024, seconds=60.0, patience=120.0

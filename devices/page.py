@@ -121,7 +121,7 @@ def _terms(profile: Profile) -> list[tuple[str, str]]:
     hardware = Hardware.model_validate(profile.device.model_dump())
     settings = Settings.model_validate(profile.settings.model_dump())
     asked = f"{profile.measurements} methods of {len(profile.points)} programs, {profile.seconds:.0f} s in all"
-    request = f"prompt of {profile.model.text_tokens} text tokens, room for {profile.model.new_tokens} new ones"
+    request = f"prompts of up to {profile.model.text_tokens} text tokens, room for {profile.model.new_tokens} new ones"
     more = [("begun", profile.created), ("measurements", asked), ("request", request)]
     return [*described(hardware, settings), *more]
 

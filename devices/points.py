@@ -27,10 +27,11 @@ BLOCK_LAYERS = 2
 BLOCK_LAYERS_OF_ONE_ROW = 3
 # What share of the longest prompt the blocks of a stream have: short prompts are no long ones with tokens dropped.
 BLOCK_PROMPTS = (1.0, 0.5, 0.15)
-# Shares of the MACs of the whole models; the first is dense. A curve takes four, and one more to leave out.
+# What the whole models keep of the MACs of a request with the same prompt; the first is dense. A curve takes four, and one
+# more to leave out.
 WHOLE_KEEP = (1.0, 0.7, 0.45, 0.3, 0.2)
 WHOLE_PROMPTS = (1.0, 0.1, 0.5, 1.0, 0.25)
-LEAST = 0.15  # of a sub-layer's units, and of the tokens, in a block
+LEAST = 0.15  # of a sub-layer's units, and of the tokens, in a block; of the longest prompt, in a plan that is held out
 STEP = 32  # widths are multiples of it, as in plans
 FEWEST = 6  # tokens that stay, as in plans
 DROPS = 8  # drop points that a whole model uses in a stream, at most
@@ -90,7 +91,9 @@ def held_out_plans(subject: Subject, count: int, *, least: float = 0.2, most: fl
 
 
 def prompted(subject: Subject, model: Any, share: float) -> Subject:
-    """The same with a prompt of a share of its length, of a few tokens at least."""
+    """The same with a prompt of a share of its length, of a few tokens at least; texts that are always padded have no other."""
+    if family_of(model).streams(model)["language"].protected == "final":
+        return subject
     wanted = max(min(FEWEST, subject.text_tokens), round(subject.text_tokens * share))
     return replace(subject, text_tokens=family_of(model).default_request(model, wanted).text_tokens)
 

@@ -116,7 +116,7 @@ class ModelRecord(Strict):
 
     Attributes:
         config: transformers' configuration as JSON, `architectures` included.
-        text_tokens: of the prompt that programs were made for.
+        text_tokens: of the longest prompt that programs were made for.
         new_tokens: that programs have room for after the prompt; `decode` attends to all of that room.
     """
 

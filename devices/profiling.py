@@ -52,7 +52,7 @@ def profile(
         preset: "quick", or "report" (at least 1,024 samples or a minute for each method).
         agent: "native", "python" or "trtexec" (see `Device.agent`).
         threads: of the runtime; `cpus` are the cores that it is bound to.
-        prompt_tokens: text tokens of a request's prompt, and `new_tokens`: room for the answer.
+        prompt_tokens: text tokens of the longest prompt, and `new_tokens`: room for the answer.
         set_clocks: fix the device's clocks while it is measured; they are put back afterwards.
         jobs: processes that lower programs; all of them rest while one is timed. With more than one, a script needs the usual
             `if __name__ == "__main__":`.
@@ -82,7 +82,7 @@ def profile(
     on_progress(0, len(points), f"reach {device.address}")
     if found is not None and found.complete and {p.id for p in points} <= {p.id for p in found.points}:
         settings = Settings(runtime=found.settings.runtime, backend=found.settings.backend, **given)
-        _check_same(found, device.info(), model.record, settings, where=out)
+        _check_same(found, device.info(), model.record, settings, points, where=out)
         return found
     with sit(device, preset=chosen, agent=agent, threads=threads, cpus=cpus) as sitting:
         settings = Settings(runtime=sitting.first.runtime, backend=BACKENDS[sitting.form], **given)
@@ -90,7 +90,7 @@ def profile(
             created = datetime.now(UTC).isoformat(timespec="seconds")
             found = Profile(schema=1, created=created, device=device.info(), model=model.record, settings=settings)
         else:
-            _check_same(found, device.info(), model.record, settings, where=out)
+            _check_same(found, device.info(), model.record, settings, points, where=out)
         session = _Session(found, out, device, sitting)
         with fixed_clocks(device.transport, device.kind) if set_clocks else nullcontext():
             session.run(model, points, jobs, on_progress)
@@ -98,9 +98,15 @@ def profile(
 
 
 def _check_same(
-    found: Profile, device: DeviceRecord, model: ModelRecord, settings: Settings, *, where: str | Path
+    found: Profile,
+    device: DeviceRecord,
+    model: ModelRecord,
+    settings: Settings,
+    points: list[PointSpec],
+    *,
+    where: str | Path,
 ) -> None:
-    """Check that a profile is of these.
+    """Check that a profile is of these, and has the plans of those points that it has.
 
     Raises:
         DeviceError: it is of something else.
@@ -113,6 +119,12 @@ def _check_same(
             f"{str(where)!r} is a profile with {what} {name} {_short(have)}, this run has {_short(value)}; give the same, or "
             "another output."
         )
+    chosen = {point.id: point.plan for point in points}
+    for point in found.points:
+        if point.id in chosen and point.parsed_plan() != chosen[point.id]:
+            raise DeviceError(
+                f"{str(where)!r} measured another plan as point {point.id!r} than this version does; give another output."
+            )
 
 
 def _short(value: Any) -> str:

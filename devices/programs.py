@@ -83,6 +83,10 @@ class Subject:
             config = config_for(processor, config)
         return cls(str(ref), config, processor, text_tokens, new_tokens)
 
+    def prompted(self, model: Any, plan: Plan) -> Subject:
+        """The same with the prompt of a plan of the model."""
+        return replace(self, text_tokens=prompt_length(model, plan))
+
     def with_config(self, config: Any) -> Subject:
         """The same with another configuration, such as the one that a profile was measured with."""
         return replace(self, config=config)

@@ -87,7 +87,8 @@ class Sitting:
             return self.measure(jobs, progress)
         finally:
             for program in programs:
-                self.agent.forget(program.path)
+                for path in (program.path, *program.inputs.values()):
+                    self.agent.forget(path)
 
 
 @contextmanager

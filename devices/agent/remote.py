@@ -46,7 +46,7 @@ class RemoteFiles:
         with reading(path) as file:
             status = os.fstat(file.fileno())
         # Programs of gigabytes are timed many times over, so that their content is not read to tell whether it is the same.
-        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         known, remote = self._sent.get(path.absolute(), (None, ""))
         if known != state:
             self.remove(path)

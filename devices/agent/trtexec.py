@@ -71,9 +71,8 @@ class TrtexecAgent:
         self._places = PLACES if program is None else (program,)
         self._files = RemoteFiles(transport, workspace)
         self._there: set[str] = set()  # inputs
-        # By the program's place on the device.
-        self._specs: dict[str, list[Input]] = {}
-        self._engines: dict[str, Engine] = {}
+        self._specs: dict[str, list[Input]] = {}  # by the program's place on the device
+        self._engines: dict[Path, Engine] = {}
         self._program, self._version = "", (0, 0, 0)
 
     def install(self) -> None:
@@ -133,18 +132,23 @@ class TrtexecAgent:
 
     def forget(self, program: Path) -> None:
         """Remove a program from the device, and the engine that was made of it."""
-        engine = self._engines.pop(self._files.remove(program) or "", None)
+        self._files.remove(program)
+        self._drop_engine(program)
+
+    def _drop_engine(self, program: Path) -> None:
+        engine = self._engines.pop(program.absolute(), None)
         if engine is not None:
             self._transport.run(["rm", "-f", engine.path])
 
     def _engine(self, job: Job, program: str, inputs: Sequence[str]) -> Engine:
-        if program not in self._engines:
-            path = f"{program}.engine"
+        path, local = f"{program}.engine", job.program.absolute()
+        if local not in self._engines or self._engines[local].path != path:
+            self._drop_engine(local)  # of what the program was before
             words = [f"--onnx={program}", f"--saveEngine={path}", *inputs, *(["--fp16"] if self._fp16 else [])]
             words += ["--warmUp=0", "--iterations=1", "--duration=0"]
             _, times = self._trtexec(job, words, warmup_ms=0, timeout=BUILD_SECONDS)
-            self._engines[program] = Engine(path, times[0])
-        return self._engines[program]
+            self._engines[local] = Engine(path, times[0])
+        return self._engines[local]
 
     def _trtexec(
         self, job: Job, words: Sequence[str], *, warmup_ms: float, timeout: float

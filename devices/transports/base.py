@@ -65,7 +65,9 @@ class Transport(ABC):
         """
 
     def offer(self, local: Path, remote: str) -> None:
-        """Let programs on the device read a file under another path: a copy, where the device is not this machine.
+        """Let programs on the device read a file as `remote`, where there is nothing yet: a copy, but on this machine a link.
+
+        Nobody should write into the file meanwhile.
 
         Raises:
             DeviceGone, DeviceError: as `push`.

@@ -74,8 +74,12 @@ class HostTransport(Transport):
 
     @contextmanager
     def workspace(self) -> Iterator[str]:
-        with tempfile.TemporaryDirectory(prefix="comp-edge.") as folder:
+        # No TemporaryDirectory: where it lacks a permission it changes modes, in some versions those of what links lead to.
+        folder = tempfile.mkdtemp(prefix="comp-edge.")
+        try:
             yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 def _text(data: bytes) -> str:

@@ -173,18 +173,20 @@ def test_a_plan_of_another_model_is_refused(profile):
 def test_errors_of_a_benchmark(profile, dense):
     cost = DeviceCost(profile).model
     rows = [
-        Compared(dense, macs=m, measured=float(m), predicted=1.02 * m, proportional=1.2 * m, uncertainty=0.1)
+        Compared(
+            dense, macs=m, measured=float(m), predicted=1.02 * m, proportional=1.2 * m, uncertainty=0.1, dense=10.0
+        )
         for m in (2, 4, 6, 8)
     ]
-    found = summarize({"a": (cost, rows, 10.0)})
+    found = summarize({"a": (cost, rows)})
     assert found["whole_model"]["n"] == 4 and found["whole_model"]["mape"] == pytest.approx(0.02)
     assert found["whole_model"]["within_10pct"] == 1.0 and found["whole_model"]["spearman"] == pytest.approx(1.0)
     # Saved are 8, 6, 4, 2 ms of ten; predictions are off by 0.04, 0.08, 0.12, 0.16.
     assert found["saved_ms"]["median_error"] == pytest.approx((0.08 / 6 + 0.12 / 4) / 2)
     assert found["macs_proportional"]["whole_model"]["mape"] == pytest.approx(0.2)
     assert found["measurements"] == profile.measurements and not found["warnings"]
-    rows = [Compared(dense, m, float(m), 1.15 * m, 1.2 * m, 0.1) for m in (2, 4)]
-    assert "not 2 times better" in summarize({"a": (cost, rows, 10.0)})["warnings"][0]
+    rows = [Compared(dense, m, float(m), 1.15 * m, 1.2 * m, 0.1, 10.0) for m in (2, 4)]
+    assert "not 2 times better" in summarize({"a": (cost, rows)})["warnings"][0]
 
 
 def test_macs_alone_are_given_all_whole_models():
@@ -208,8 +210,8 @@ def test_overhead_is_what_raw_measurements_do_not_take(profile):
 
 
 def test_a_benchmark_says_what_was_never_quiet(profile, dense):
-    rows = [Compared(dense, m, float(m), 1.01 * m, 1.2 * m, 0.1, settled=m < 6) for m in (2, 4, 6)]
-    (warning,) = summarize({"a": (DeviceCost(profile).model, rows, 10.0)})["warnings"]
+    rows = [Compared(dense, m, float(m), 1.01 * m, 1.2 * m, 0.1, 10.0, settled=m < 6) for m in (2, 4, 6)]
+    (warning,) = summarize({"a": (DeviceCost(profile).model, rows)})["warnings"]
     assert "never quiet enough to measure 1 of 3 plans; the error of the others is 1.0%" in warning
 
 

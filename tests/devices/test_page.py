@@ -196,10 +196,10 @@ def test_errors_and_error_bars_are_shown():
 
 def test_the_picture_of_a_benchmark(latency, plan):
     rows = [
-        Compared(plan, macs=ms, measured=ms, predicted=1.02 * ms, proportional=0.8 * ms, uncertainty=0.1)
+        Compared(plan, macs=ms, measured=ms, predicted=1.02 * ms, proportional=0.8 * ms, uncertainty=0.1, dense=70.0)
         for ms in (2.0, 4.0, 60.0)
     ]
-    results = json.loads(json.dumps(summarize({"a": (latency, rows, 70.0), "b": (latency, rows, 70.0)})))
+    results = json.loads(json.dumps(summarize({"a": (latency, rows), "b": (latency, rows)})))
     with Image.open(io.BytesIO(latency_png(results))) as image:
         assert image.format == "PNG" and image.width > 1.9 * image.height, "two panels"
 

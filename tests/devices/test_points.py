@@ -97,3 +97,9 @@ def test_fewer_layers(subject):
         with_layers(subject.config, {"vision": 99})
     with pytest.raises(DeviceError, match="'audio'"):
         with_layers(subject.config, {"audio": 1})
+
+
+def test_texts_that_are_always_padded_have_one_length():
+    subject = Subject.of("random:siglip-base-patch16-224")
+    model = subject.shallow(None)
+    assert prompted(subject, model, 0.1).text_tokens == subject.text_tokens

@@ -217,6 +217,25 @@ def check_pushing_what_cannot_be(transport: Transport, local: Path) -> None:
         transport.pull("relative/file", local / "pulled", limit=1)
 
 
+def check_what_is_offered_stays_here(transport: Transport, local: Path) -> None:
+    (local / "file").write_bytes(b"content")
+    (local / "file").chmod(0o640)
+    with transport.workspace() as folder:
+        transport.offer(local / "file", f"{folder}/one")
+        transport.offer(local / "file", f"{folder}/two")
+        assert transport.run(["cat", f"{folder}/one"]).stdout == "content"
+        transport.run(["rm", "-f", f"{folder}/one"])
+        assert transport.run(["cat", f"{folder}/two"]).stdout == "content"
+        for missing, remote in ((local / "missing", f"{folder}/file"), (local, f"{folder}/file")):
+            with pytest.raises(DeviceError, match=missing.name):
+                transport.offer(missing, remote)
+        with pytest.raises(DeviceError, match="nowhere/file"):
+            transport.offer(local / "file", f"{folder}/nowhere/file")
+    with pytest.raises(DeviceError, match="absolute"):
+        transport.offer(local / "file", "relative/file")
+    assert (local / "file").read_bytes() == b"content" and stat.S_IMODE((local / "file").stat().st_mode) == 0o640
+
+
 def check_a_full_disk_is_named_and_left_clean(transport: Transport, local: Path) -> None:
     (local / "file").write_bytes(os.urandom(1_000_000))
     with small_disk(local / "disk") as disk:
