@@ -98,7 +98,11 @@ def run(
 
 
 def summarize(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Over all parts: how many budgets are met, and paired differences of the two ways to steer at equal milliseconds."""
+    """Over all parts: how many budgets are met, and paired differences of the two ways to steer at equal milliseconds.
+
+    `steered` has the mean of the scores' differences and of `faster` (how much faster milliseconds steer at equal score), each
+    with its standard error, and by driver how many passes with training met their budgets.
+    """
     budgets = [part for part in parts if part["kind"] == "budget"]
     steered = [part for part in parts if part["kind"] == "steered"]
     pairs = []
@@ -113,20 +117,33 @@ def summarize(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
                         "score": latency["score"] - macs["score"],
                     }
                 )
-    faster = list(_faster(steered))
+    faster, scores = list(_faster(steered)), [pair["score"] for pair in pairs]
     return {
         "budgets": {
             "n": len(budgets),
-            "met": sum(part["measured_ms"] <= part["budget_ms"] * ALLOWED for part in budgets),
+            "met": _met(budgets),
             "worst": max((part["measured_ms"] / part["budget_ms"] for part in budgets), default=None),
         },
         "steered": {
             "pairs": pairs,
-            "score": statistics.mean(pair["score"] for pair in pairs) if pairs else None,
+            "met": {driver: _met([part for part in steered if part["driven_by"] == driver]) for driver in DRIVERS},
+            "score": statistics.mean(scores) if scores else None,
+            "score_error": _error(scores),
             "faster": statistics.mean(faster) if faster else None,
+            "faster_error": _error(faster),
+            "faster_each": faster,
         },
         "parts": list(parts),
     }
+
+
+def _met(parts: Sequence[dict[str, Any]]) -> int:
+    return sum(part["measured_ms"] <= part["budget_ms"] * ALLOWED for part in parts)
+
+
+def _error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; None of a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def _faster(steered: Sequence[dict[str, Any]]) -> Iterator[float]:

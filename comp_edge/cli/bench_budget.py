@@ -75,5 +75,10 @@ def run(arguments: Any) -> None:
     )
     for pair in steered["pairs"]:
         print(f"seed {pair['seed']}, {pair['budget_ms']:.2f} ms: {pair['score']:+.4f} in score when milliseconds steer")
+    if steered["score_error"] is not None:
+        print(f"mean {steered['score']:+.4f}, standard error {steered['score_error']:.4f}")
     if steered["faster"] is not None:
-        print(f"at equal score, models that milliseconds steered are {steered['faster']:+.1%} faster")
+        each = ", ".join(f"{value:+.1%}" for value in steered["faster_each"])
+        print(
+            f"at equal score, models that milliseconds steered are {steered['faster']:+.1%} faster in the mean of {each}"
+        )

@@ -246,4 +246,8 @@ def test_pairs_of_a_budget_benchmark():
     assert found["budgets"] == {"n": 3, "met": 2, "worst": pytest.approx(1.04)}
     assert found["steered"]["score"] == pytest.approx((0.02 + 0.08) / 2)
     # 0.90 is half way between the two that milliseconds steered: 4.5 ms against 5. Nothing is known of 0.8.
-    assert found["steered"]["faster"] == pytest.approx(5.0 / 4.5 - 1)
+    assert found["steered"]["faster"] == pytest.approx(5.0 / 4.5 - 1) and found["steered"]["faster_error"] is None
+    assert found["steered"]["score_error"] == pytest.approx(0.03) and found["steered"]["met"] == {
+        "latency": 2,
+        "macs": 2,
+    }
