@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from comp_edge.cost import MacsCost
 from comp_edge.errors import InputError
@@ -108,8 +108,8 @@ def summarize(results: dict[str, tuple[LatencyModel, list[Compared]]]) -> dict[s
     """
     models = {name: _judged(*result) for name, result in results.items()}
     everything = [row for _, rows in results.values() for row in rows]
-    ours = _errors([(row.measured, row.predicted, row.dense) for row in everything])
-    plain = _errors([(row.measured, row.proportional, row.dense) for row in everything])
+    ours = _errors(everything, "predicted")
+    plain = _errors(everything, "proportional")
     for pooled, key in ((ours, None), (plain, "macs_proportional")):
         ranks = [(m if key is None else m[key])["whole_model"]["spearman"] for m in models.values()]
         known = [rank for rank in ranks if rank is not None]
@@ -126,7 +126,7 @@ def summarize(results: dict[str, tuple[LatencyModel, list[Compared]]]) -> dict[s
     worse = error * TWICE > other
     found["warnings"] = [f"{error:.1%} is not {TWICE:g} times better than MACs alone, {other:.1%}."] if worse else []
     if restless := [row for row in everything if not row.settled]:
-        quiet = _errors([(row.measured, row.predicted, row.dense) for row in everything if row.settled])
+        quiet = _errors([row for row in everything if row.settled], "predicted")
         error = quiet["whole_model"]["mape"]
         others = "none did" if error is None else f"the error of the others is {error:.1%}"
         found["warnings"].append(
@@ -136,9 +136,9 @@ def summarize(results: dict[str, tuple[LatencyModel, list[Compared]]]) -> dict[s
 
 
 def _judged(model: LatencyModel, rows: list[Compared]) -> dict[str, Any]:
-    plain = _errors([(row.measured, row.proportional, row.dense) for row in rows])
+    plain = _errors(rows, "proportional")
     return {
-        **_errors([(row.measured, row.predicted, row.dense) for row in rows]),
+        **_errors(rows, "predicted"),
         "macs_proportional": plain,
         "measurements": model.profile.measurements,
         "device_seconds": model.profile.seconds,
@@ -159,10 +159,11 @@ def _judged(model: LatencyModel, rows: list[Compared]) -> dict[str, Any]:
     }
 
 
-def _errors(rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
-    """Errors of (measured, predicted, dense) milliseconds; what a plan saves is counted from its dense."""
-    found = accuracy([row[0] for row in rows], [row[1] for row in rows])
-    saved = [abs(measured - predicted) / abs(dense - measured) for measured, predicted, dense in rows]
+def _errors(rows: Sequence[Compared], guess: Literal["predicted", "proportional"]) -> dict[str, Any]:
+    """Errors of one of a plan's guesses; what a plan saves is counted from its dense."""
+    guesses = [getattr(row, guess) for row in rows]
+    found = accuracy([row.measured for row in rows], guesses)
+    saved = [abs(row.measured - ms) / abs(row.dense - row.measured) for row, ms in zip(rows, guesses, strict=True)]
     return {
         "whole_model": {name: found[name] for name in ("n", "mape", "within_10pct", "spearman")},
         "saved_ms": {"median_error": statistics.median(saved) if saved else None},
@@ -204,7 +205,7 @@ def _one(
             proportional=rate * cost.predict(plan),
             uncertainty=model.uncertainty(plan),
             # As the longest prompt was measured, and what a shorter one saves of it by prediction: that is not pruning's merit.
-            dense=took * model.predict(subject.prompted(empty, plan).dense(empty)) / model.predict(longest),
+            dense=took * model.predict(subject.with_prompt_of(empty, plan).dense(empty)) / model.predict(longest),
             settled=all(one.settled for one in timing.values()),
         )
         for plan, timing in zip(plans, timings, strict=True)

@@ -83,7 +83,7 @@ class Subject:
             config = config_for(processor, config)
         return cls(str(ref), config, processor, text_tokens, new_tokens)
 
-    def prompted(self, model: Any, plan: Plan) -> Subject:
+    def with_prompt_of(self, model: Any, plan: Plan) -> Subject:
         """The same with the prompt of a plan of the model."""
         return replace(self, text_tokens=prompt_length(model, plan))
 

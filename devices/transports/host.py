@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from devices.errors import DeviceError, DeviceTimeout
@@ -79,7 +79,8 @@ class HostTransport(Transport):
         try:
             yield folder
         finally:
-            shutil.rmtree(folder)
+            with suppress(FileNotFoundError):  # somebody else may have cleaned up
+                shutil.rmtree(folder)
 
 
 def _text(data: bytes) -> str:

@@ -119,6 +119,11 @@ def test_what_ends_without_its_last_words_has_gone() -> None:
             LocalShell(*words).run(["true"])
 
 
+def test_a_workspace_that_has_gone_already() -> None:
+    with HostTransport().workspace() as folder:
+        shutil.rmtree(folder)
+
+
 def test_a_full_disk_on_this_side(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(os.urandom(1_000_000))
     with small_disk(tmp_path / "disk") as disk:
