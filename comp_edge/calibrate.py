@@ -12,6 +12,7 @@ from torch import Tensor
 
 from comp_edge.importance import Norm, input_energy, normalize, per_unit, token_weights, wanda
 from comp_edge.masks import UnitMasks
+from comp_edge.placement import CPU, placed
 from comp_edge.schedule import Schedule
 from comp_edge.tasks.packing import model_inputs
 from comp_edge.units import Site
@@ -19,17 +20,22 @@ from comp_edge.units import Site
 
 @dataclass(frozen=True)
 class Draws:
-    """The first `count` training batches of a seed, drawn anew whenever they are gone through: none is kept."""
+    """The first `count` training batches of a seed, drawn anew whenever they are gone through: none is kept.
+
+    Attributes:
+        device: where they are wanted.
+    """
 
     task: Any
     seed: int
     count: int
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return islice(self.task.train_batches(self.seed), self.count)
+        return placed(islice(self.task.train_batches(self.seed), self.count), self.device)
 
 
 @dataclass
@@ -133,14 +139,14 @@ class Collector:
         return self.tokens
 
     def wanda(self) -> dict[Site, Tensor]:
-        """Structured Wanda (CIP where asked for) of every unit, [units] per site.
+        """Structured Wanda (CIP where asked for) of every unit, [units] per site, on the CPU.
 
         Raises:
             FloatingPointError: an activation was not finite.
         """
         _check_finite(self.energy, "activations")
         return {
-            site: per_unit(wanda(self.masks.sink(site).weight, energy), self.masks.unit_sizes[site])
+            site: per_unit(wanda(self.masks.sink(site).weight, energy), self.masks.unit_sizes[site]).to(CPU)
             for site, energy in self.energy.items()
         }
 
@@ -190,7 +196,7 @@ def collect(
 def gradient_scores(
     model: Any, task: Any, masks: UnitMasks, batches: Iterable[dict[str, Tensor]], *, power: int
 ) -> dict[Site, Tensor]:
-    """Importance of every unit by the gradient g of the loss by its mask, summed over batches, [units] per site.
+    """Importance of every unit by the gradient g of the loss by its mask, summed over batches, [units] per site on the CPU.
 
     With a mask at 1, removing its unit changes the loss by about -g. `power` 1 sums |g|, first-order Taylor importance;
     2 sums g^2, the diagonal of the empirical Fisher information (the finer the batches, the closer).
@@ -211,7 +217,7 @@ def gradient_scores(
     finally:
         masks.masks = current
     _check_finite(total, "gradients")
-    return total
+    return {site: value.to(CPU) for site, value in total.items()}
 
 
 def _check_finite(found: Mapping[Site, Tensor], what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from comp_edge.families.base import StreamView
@@ -43,6 +44,10 @@ class UnitMasks:
             return (args[0] * mask.repeat_interleave(self.unit_sizes[site]).to(args[0].dtype), *args[1:])
 
         return multiply
+
+    def device(self, site: Site) -> torch.device:
+        """Where the mask of a site is wanted."""
+        return self.sink(site).weight.device
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -107,6 +107,11 @@ class Processes:
 ALONE = Processes()
 
 
+def local_index() -> int:
+    """Which of the processes that were launched together on this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def launched(*, cpu: bool = True) -> Processes:
     """The processes that `accelerate launch` (or torchrun) started together with this one.
 

@@ -337,7 +337,7 @@ def apply_state(masks: UnitMasks, schedule: Schedule, old: State, new: State, *,
     """
     masks.masks = {}
     for site, alive in new.alive.items():
-        mask = alive.float() + fade * (old.alive[site] & ~alive).float()
+        mask = (alive.float() + fade * (old.alive[site] & ~alive).float()).to(masks.device(site))
         masks.masks[site] = mask
         if site.kind == "heads":
             schedule.head_masks[(site.stream, site.layer)] = mask if cit else (mask > 0).float()

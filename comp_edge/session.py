@@ -37,6 +37,7 @@ from comp_edge.masks import UnitMasks
 from comp_edge.memory import collect_garbage, peak_bytes, reset_peak, return_memory, return_memory_at_once
 from comp_edge.optim import load_state, save_state, warmup_cosine
 from comp_edge.parallel import ALONE, launched
+from comp_edge.placement import device_of, placed
 from comp_edge.plan import CostRecord, Plan, plan_of
 from comp_edge.proposals import Limits, Proposal, Proposer
 from comp_edge.schedule import attach
@@ -92,7 +93,8 @@ class Session:
             check_writable(self.out)
             self.work = self.out.with_name(self.out.name + WORK_SUFFIX)
         check_splits(task)
-        self.processes = launched(cpu=next(model.parameters()).device.type == "cpu")
+        self.device = device_of(model)
+        self.processes = launched(cpu=self.device.type == "cpu")
         self.processes.align(model)
         self.streams = self.family.streams(model)
         self.start_plan = plan_of(model)
@@ -133,8 +135,8 @@ class Session:
             modes=self.modes,
             config=config,
             seed=seed,
-            calibration=Draws(task, seed * 7919 + 1, config.calibration_batches),
-            probe=Draws(task, seed * 7919 + 2, config.calibration_batches),
+            calibration=Draws(task, seed * 7919 + 1, config.calibration_batches, self.device),
+            probe=Draws(task, seed * 7919 + 2, config.calibration_batches, self.device),
             loss=lambda m, batch: float(task.loss(m, batch)),
             target=self.target,
             trial=self._trial,
@@ -178,7 +180,9 @@ class Session:
         batch = next(iter(self.setting.calibration))
 
         def in_ruins(compute: Callable[[], float]) -> float:
-            self.masks.masks = {site: torch.zeros(len(alive)) for site, alive in self.state.alive.items()}
+            self.masks.masks = {
+                site: torch.zeros(len(alive), device=self.device) for site, alive in self.state.alive.items()
+            }
             value = compute()
             self.masks.masks = {}
             return value
@@ -469,14 +473,14 @@ class Session:
         """
         started = time.perf_counter()
         self.model.eval()
-        score = self.processes.once(lambda: self.task.score(self.model, self.validation))
+        score = self.processes.once(lambda: self.task.score(self.model, placed(self.validation, self.device)))
         self.seconds["scoring"] += time.perf_counter() - started
         if not math.isfinite(score):
             raise FloatingPointError(f"validation score {score} is not finite, after {self.stage} stages")
         return score
 
     def _test(self, model: Any) -> float:
-        return self.processes.once(lambda: self.task.score(model, self.task.test_batches()))
+        return self.processes.once(lambda: self.task.score(model, placed(self.task.test_batches(), self.device)))
 
     def _tell(self, phase: str, message: str = "", *, step: int = 0) -> None:
         if not self.processes.main:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from comp_edge.families import family_of
 from comp_edge.files import whole_folder, write_json
 from comp_edge.optim import Optimizer, load_state, save_state, warmup_cosine, with_prefix
+from comp_edge.placement import CPU, device_of, placed
 from comp_edge.tasks import Task, take_examples
 from comp_edge.tasks.folding import distinct_images
 from comp_edge.tasks.packing import PIXELS, take_rows
@@ -71,13 +72,15 @@ def train(
         tensors, progress = load_state(checkpoint)
         done = progress["steps"]
         _restore(tensors, model, head, optimizer)
-    validation = list(take_examples(task.val_batches(), val_questions))
+    device = device_of(model)
+    validation = list(placed(take_examples(task.val_batches(), val_questions), device))
     mean, score = math.nan, math.nan
     while done < steps:
         model.train()
         count = min(CHUNK, steps - done)
         total = 0.0
-        for batch in itertools.islice(task.train_batches(seed * 100_003 + done // CHUNK), count):
+        drawn = itertools.islice(task.train_batches(seed * 100_003 + done // CHUNK), count)
+        for batch in placed(drawn, device):
             with _tower_outputs(model) if head is not None else nullcontext([]) as seen:
                 loss = task.loss(model, batch)
             objective = loss
@@ -86,7 +89,7 @@ def train(
                 # Tasks encode an image once for all that is asked about it; what they computed need not be computed again.
                 shared = len(seen) == 1 and len(seen[0]) == len(first)
                 features = _patches(seen[0]) if shared else _patch_features(model, take_rows(batch, first))
-                labels = task.patch_labels(batch["image_ids"][first])
+                labels = task.patch_labels(batch["image_ids"][first].to(CPU)).to(device)
                 # Decays to nothing: it shows the tower what to see, then leaves it to the questions.
                 objective = loss + auxiliary * max(0.0, 1 - 1.25 * done / steps) * head(features, labels)
             optimizer.step(objective, factor=warmup_cosine(done, steps))
@@ -141,10 +144,11 @@ def save_trained(
     Raises:
         InputError: the folder cannot be written to.
     """
+    device = device_of(model)
     metrics = {
         "task": task_name,
-        "test_score": task.score(model, task.test_batches()),
-        "val_score": task.score(model, task.val_batches()),
+        "test_score": task.score(model, placed(task.test_batches(), device)),
+        "val_score": task.score(model, placed(task.val_batches(), device)),
         **(recipe or {}),
         "steps": steps,
         "seed": seed,
@@ -166,11 +170,11 @@ def _auxiliary_head(model: Any, task: Task) -> nn.Module | None:
     vision = family_of(model).streams(model)["vision"]
     if make is None or vision.packed:
         return None
-    example = next(iter(task.val_batches()))
+    example = next(placed(task.val_batches(), device_of(model)))
     if _pictures(example) is None:
         return None
     features = _patch_features(model, take_rows(example, slice(0, 1)))
-    return make(features.shape[-1], features.shape[1])
+    return make(features.shape[-1], features.shape[1]).to(features.device)
 
 
 def _pictures(batch: dict[str, Tensor]) -> Tensor | None:

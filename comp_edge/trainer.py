@@ -14,6 +14,7 @@ from comp_edge.errors import InputError
 from comp_edge.microbatches import check_divisible, micro_batches, unshared
 from comp_edge.optim import Optimizer, use_muon, with_prefix
 from comp_edge.parallel import Processes
+from comp_edge.placement import device_of, placed
 from comp_edge.recomputation import Recomputation
 from comp_edge.recovery import Distillation
 from comp_edge.settings import PruneConfig
@@ -78,7 +79,7 @@ class Trainer:
         seed = self.seed * 100_003 + 17 + chunk
         with torch.random.fork_rng():
             torch.manual_seed(seed + self.processes.index)
-            yield itertools.islice(self.task.train_batches(seed), count)
+            yield placed(itertools.islice(self.task.train_batches(seed), count), device_of(self.model))
 
     def step(self, batch: dict[str, Tensor], factor: float, *, where: str, processes: Processes | None = None) -> float:
         """One optimizer step on a batch of all processes; the task's own loss on it, for the record.

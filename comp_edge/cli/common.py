@@ -21,6 +21,7 @@ MODEL_HELP = "a reference model, a folder (dense or pruned), a hub id, or random
 LOWERING_JOBS = min(2, os.cpu_count() or 1)  # each needs a few times the memory of the model's weights
 LOWERING_HELP = "processes that lower programs (default: %(default)s)"
 TASK_HELP = "digit_vqa, digit_pairs, easy_vqa, synthetic or path/to/file.py:ClassName"
+TORCH_DEVICE_HELP = "where torch computes, such as cuda:1, xpu or cpu (default: cuda where there is one)"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -28,6 +28,7 @@ def add(subparsers: Any) -> None:
         default="any",
         help="stock: lift the token drops inside the language model, as a stock runtime does",
     )
+    parser.add_argument("--torch-device", metavar="DEVICE", help=common.TORCH_DEVICE_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.set_defaults(run=run)
 
@@ -37,12 +38,14 @@ def run(arguments: Any) -> None:
     from comp_edge.checkpoint import load_any, load_processor, resolve
     from comp_edge.cost import macs
     from comp_edge.families import family_of
+    from comp_edge.placement import computing_device, placed
     from comp_edge.schedule import lift_language_drops
     from comp_edge.tasks import load_task, task_class
 
     resolve(arguments.model)
     task_class(arguments.task)
-    model = load_any(arguments.model)
+    device = computing_device(arguments.torch_device)
+    model = load_any(arguments.model).to(device)
     if arguments.deploy == "stock":
         lift_language_drops(model)
     task = load_task(arguments.task, load_processor(arguments.model), model)
@@ -52,7 +55,7 @@ def run(arguments: Any) -> None:
 
     def counted(update: Any) -> Any:
         done = 0
-        for batch in batches:
+        for batch in placed(batches, device):
             yield batch
             done += len(next(iter(batch.values())))
             update(done, total, "score")

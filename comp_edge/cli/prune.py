@@ -44,6 +44,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--dtype", choices=common.DTYPES, default="float32", help="of the weights while pruning (default: float32)"
     )
+    parser.add_argument("--torch-device", metavar="DEVICE", help=common.TORCH_DEVICE_HELP)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write the pruned model to")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--keep", type=common.fraction, help=f"fraction of the MACs to keep (default: {KEEP})")
@@ -107,15 +108,17 @@ def add(subparsers: Any) -> None:
 def run(arguments: Any) -> int:
     """Prune, report. Of several processes (see `comp_edge.parallel`) the main one speaks for all."""
     from comp_edge.parallel import launched
+    from comp_edge.placement import CPU, computing_device
 
-    if launched().main:
-        _prune(arguments, main=True)
+    device = computing_device(arguments.torch_device)
+    if launched(cpu=device == CPU).main:
+        _prune(arguments, device, main=True)
         return 0
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return common.run(lambda: _prune(arguments, main=False), name="")
+        return common.run(lambda: _prune(arguments, device, main=False), name="")
 
 
-def _prune(arguments: Any, *, main: bool) -> None:
+def _prune(arguments: Any, device: Any, *, main: bool) -> None:
     from comp_edge.checkpoint import load_any, load_processor, resolve
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable
@@ -155,7 +158,7 @@ def _prune(arguments: Any, *, main: bool) -> None:
     resolve(arguments.model)
     task_class(arguments.task)
     check_writable(arguments.out)
-    model = load_any(arguments.model, dtype=common.dtype(arguments.dtype))
+    model = load_any(arguments.model, dtype=common.dtype(arguments.dtype)).to(device)
     processor = load_processor(arguments.model)
     task = load_task(arguments.task, processor, model)
     with common.progress_bar("prune") as update:

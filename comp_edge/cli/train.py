@@ -37,6 +37,7 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--lr", type=common.positive, default=2e-3, help="AdamW's learning rate (default: %(default)s)")
     parser.add_argument("--matrix-lr", type=common.positive, default=3e-3, help="Muon's (default: %(default)s)")
+    parser.add_argument("--torch-device", metavar="DEVICE", help=common.TORCH_DEVICE_HELP)
     parser.add_argument("--seed", type=common.natural, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of this run")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON on stdout")
@@ -47,6 +48,7 @@ def run(arguments: Any) -> None:
     """Train, score, save."""
     from comp_edge.checkpoint import load_dense, load_processor
     from comp_edge.files import check_writable
+    from comp_edge.placement import computing_device
     from comp_edge.reference import REFERENCE_MODELS
     from comp_edge.reference import STEPS as REFERENCE_STEPS
     from comp_edge.tasks import load_task, task_class
@@ -54,10 +56,12 @@ def run(arguments: Any) -> None:
 
     check_writable(arguments.out)
     task_class(arguments.task)  # a wrong name should fail before a model is built
+    device = computing_device(arguments.torch_device)
     if arguments.model in REFERENCE_MODELS:
         model, processor = REFERENCE_MODELS[arguments.model](arguments.seed)
     else:
         model, processor = load_dense(arguments.model), load_processor(arguments.model)
+    model.to(device)
     task: Any = load_task(arguments.task, processor, model)
     size_batches(task, images=arguments.images or IMAGES, pairs=arguments.images)
     steps = arguments.steps or REFERENCE_STEPS.get(arguments.model, STEPS)

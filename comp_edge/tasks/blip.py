@@ -126,7 +126,7 @@ class BlipQuestions:
             rows[i, : len(row)] = row
             real[i, : length + int(batch["decoder_attention_mask"][i].sum()) - 1] = 1
         logits = model(pixel_values=pixels, input_ids=rows, attention_mask=real).logits
-        places = lengths[:, None] - 1 + torch.arange(replies.shape[1])
+        places = lengths[:, None] - 1 + torch.arange(replies.shape[1], device=replies.device)
         return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
 
     def targets(self, batch: Mapping[str, Tensor], *, prompt_length: int) -> Tensor:
@@ -139,7 +139,8 @@ class BlipQuestions:
         options = {"max_new_tokens": new_tokens, "do_sample": False}
         texts: dict[int, str] = {}
         # Padding between question and answer would be read.
-        groups = _equal_lengths(mask) if _continues(model) else [(torch.arange(len(ids)), ids.shape[1])]
+        every = torch.arange(len(ids), device=ids.device)
+        groups = _equal_lengths(mask) if _continues(model) else [(every, ids.shape[1])]
         for rows, length in groups:
             part = {name: batch[name][rows] for name in ("image_ids", "pixel_values", "attention_mask")}
             with self._folded(model, part) as pixels:

@@ -87,7 +87,9 @@ def shared_prefix_logits(model: Any, batch: Mapping[str, Tensor], *, prompt_leng
     ids, mask, image_ids = batch["input_ids"], batch["attention_mask"], batch["image_ids"]
     first, inverse = distinct_images(image_ids)
     n, images = len(ids), len(first)
-    if n == images or n % images or not torch.equal(inverse, torch.arange(images).repeat_interleave(n // images)):
+    if n == images or n % images:
+        return None
+    if not torch.equal(inverse, torch.arange(images, device=ids.device).repeat_interleave(n // images)):
         return None
     is_image = ids == model.config.image_token_id
     if not is_image.any(1).all():
@@ -98,7 +100,7 @@ def shared_prefix_logits(model: Any, batch: Mapping[str, Tensor], *, prompt_leng
     if len(head.unique()) != 1:
         return None
     head_length, longest = int(head[0]), int((ids.shape[1] - tail).max())
-    columns = start[:, None] + torch.arange(head_length)
+    columns = start[:, None] + torch.arange(head_length, device=ids.device)
     prefix = ids.gather(1, columns)
     if not torch.equal(prefix, prefix[first][inverse]):
         return None
@@ -113,7 +115,7 @@ def shared_prefix_logits(model: Any, batch: Mapping[str, Tensor], *, prompt_leng
     cache.batch_repeat_interleave(n // images)
     past = cache.get_seq_length()
     # The tails end where the batch ends, so that they are left-padded as well.
-    columns = ids.shape[1] - longest + torch.arange(longest)
+    columns = ids.shape[1] - longest + torch.arange(longest, device=ids.device)
     inside = columns[None] >= tail[:, None]
     suffix_mask = inside & (mask[:, columns] > 0)
     positions = past + (columns[None] - tail[:, None]).clamp(min=0)
