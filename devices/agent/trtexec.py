@@ -132,7 +132,8 @@ class TrtexecAgent:
 
     def forget(self, program: Path) -> None:
         """Remove a program from the device, and the engine that was made of it."""
-        self._files.remove(program)
+        if (place := self._files.remove(program)) is not None:
+            self._specs.pop(place, None)
         self._drop_engine(program)
 
     def _drop_engine(self, program: Path) -> None:

@@ -18,6 +18,7 @@ from devices.latency import stairs
 from devices.latency.features import COUNTS, FEATURES, Vector
 from devices.latency.fitting import Data, Fit, Rows, choose, fit
 from devices.latency.program import Layers, Program, Work
+from devices.latency.report import report as report_of
 from devices.profiles import Point, Profile
 
 FEWEST = 3  # points that a method needs
@@ -218,9 +219,7 @@ class LatencyModel:
 
     def report(self) -> dict[str, Any]:
         """How good the fit is, what it says, and what is wrong with it; see `devices.latency.report`."""
-        from devices.latency.report import report
-
-        return report(self)
+        return report_of(self)
 
 
 def _dot(values: Vector, weights: Vector) -> float:
