@@ -35,7 +35,7 @@ class Draws:
         return self.count
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return placed(islice(self.task.train_batches(self.seed), self.count), self.device)
+        return iter(placed(islice(self.task.train_batches(self.seed), self.count), self.device))
 
 
 @dataclass
@@ -43,9 +43,9 @@ class TokenStatistics:
     """Normalised token importance of each layer, over the calibration set.
 
     Attributes:
-        scores: per (stream, layer), sorted descending per example: a list of [b, n] (invalid tokens 0). The entry after
-            the last layer is of what a connector makes of them. They grow with the calibration set, by one number a
-            token and layer, which is a thousandth of its activations.
+        scores: per (stream, layer), sorted descending per example: a list of [b, n] on the CPU (invalid tokens 0). The
+            entry after the last layer is of what a connector makes of them. They grow with the calibration set, by one
+            number a token and layer, which is a thousandth of its activations.
     """
 
     scores: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Collector:
         view = self.schedule.streams[stream]
         cls = view.protected == "first"
         normal = normalize(scores.float(), self.norm, valid=valid)
-        self.tokens.scores.setdefault((stream, layer), []).append(normal.sort(1, descending=True).values)
+        self.tokens.scores.setdefault((stream, layer), []).append(normal.sort(1, descending=True).values.to(CPU))
         if layer == len(view.layers):
             return  # what the connector hands on is no input of a layer here
         weights = token_weights(normal, valid=valid, cls=cls) if self.cip else valid.float()

@@ -2,8 +2,8 @@
 
     accelerate launch --multi_gpu --num_processes 2 -m comp_edge.cli.main prune --model ... --task ... -o out
 
-(`--multi_gpu` is what makes accelerate start several processes on one machine, with or without a GPU; where the model is on
-the CPU they talk through gloo. With `--cpu` it starts one, unless an MPI is there to start more.)
+(`--multi_gpu` is what makes accelerate start several processes on one machine, with or without GPUs. Each computes on a GPU of
+its own, or on the CPU, where they talk through gloo. With `--cpu` it starts one, unless an MPI is there to start more.)
 
 Every process holds the whole model, draws the same batches and takes its rows; gradients are summed, so weights stay the
 same everywhere. Whatever is decided (importance, probes, validation scores) is computed once, in the main process, and
@@ -25,7 +25,11 @@ from torch import nn
 from comp_edge.errors import InputError
 
 T = TypeVar("T")
-WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun's and those of MPIs
+# What torchrun and MPIs tell a process of the others.
+WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 # The others wait while the main process chooses and scores. A process that has died is noticed at once.
 PATIENCE = timedelta(days=1)
 
@@ -107,20 +111,50 @@ class Processes:
 ALONE = Processes()
 
 
+def _told(names: Sequence[str], *, least: int) -> int:
+    """The largest number that the environment gives under one of these names."""
+    return max(least, *(int(os.environ.get(name, least)) for name in names))
+
+
 def local_index() -> int:
     """Which of the processes that were launched together on this machine this is."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _told(LOCAL_RANK, least=0)
 
 
-def launched(*, cpu: bool = True) -> Processes:
+def local_count() -> int:
+    """How many processes were launched together on this machine, as far as their launcher says."""
+    return _told(LOCAL_WORLD, least=1)
+
+
+def speaks() -> bool:
+    """Whether this process speaks for those that were launched together: known before anything is set up."""
+    return _told(RANK, least=0) == 0
+
+
+def launched(device: torch.device) -> Processes:
     """The processes that `accelerate launch` (or torchrun) started together with this one.
 
     Args:
-        cpu: the model is on the CPU.
+        device: where the model of this process is.
+
+    Raises:
+        InputError: accelerate cannot make these processes compute together on such devices, or on this one.
     """
-    if max(int(os.environ.get(name, "1")) for name in WORLD) == 1:
+    count = _told(WORLD, least=1)
+    if count == 1:
         return ALONE
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    on_cpu = device.type == "cpu"
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    if state.num_processes != count:
+        raise InputError(
+            f"{count} processes were launched, but accelerate knows of {state.num_processes} on {device.type!r} devices; "
+            "start them with accelerate launch, or compute on the CPU."
+        )
+    if (state.device.type == "cpu") != on_cpu or not on_cpu and state.device != device:
+        raise InputError(
+            f"the model is on {str(device)!r}, and process {state.process_index} of {count} computes on "
+            f"{str(state.device)!r}; put it there (the commands do, without a number in --torch-device)."
+        )
     return Processes(count=state.num_processes, index=state.process_index)

@@ -94,7 +94,7 @@ class Session:
             self.work = self.out.with_name(self.out.name + WORK_SUFFIX)
         check_splits(task)
         self.device = device_of(model)
-        self.processes = launched(cpu=self.device.type == "cpu")
+        self.processes = launched(self.device)
         self.processes.align(model)
         self.streams = self.family.streams(model)
         self.start_plan = plan_of(model)

@@ -73,7 +73,7 @@ def train(
         done = progress["steps"]
         _restore(tensors, model, head, optimizer)
     device = device_of(model)
-    validation = list(placed(take_examples(task.val_batches(), val_questions), device))
+    validation = list(take_examples(task.val_batches(), val_questions))
     mean, score = math.nan, math.nan
     while done < steps:
         model.train()
@@ -98,7 +98,7 @@ def train(
             on_step(done, float(loss.detach()))
         mean = total / count
         model.eval()
-        score = task.score(model, validation)
+        score = task.score(model, placed(validation, device))
         on_score(done, score)
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in optimizer.state_tensors().items()}
@@ -107,7 +107,7 @@ def train(
         save_state(checkpoint, tensors, {"steps": done})
     model.eval()
     if math.isnan(score):
-        score = task.score(model, validation)
+        score = task.score(model, placed(validation, device))
     return TrainResult(val_score=score, steps=done, loss=mean)
 
 
@@ -170,7 +170,7 @@ def _auxiliary_head(model: Any, task: Task) -> nn.Module | None:
     vision = family_of(model).streams(model)["vision"]
     if make is None or vision.packed:
         return None
-    example = next(placed(task.val_batches(), device_of(model)))
+    example = next(iter(placed(task.val_batches(), device_of(model))))
     if _pictures(example) is None:
         return None
     features = _patch_features(model, take_rows(example, slice(0, 1)))

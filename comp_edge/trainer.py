@@ -76,10 +76,11 @@ class Trainer:
     @contextmanager
     def batches(self, chunk: int, count: int) -> Iterator[Iterable[dict[str, Tensor]]]:
         """The batches of a chunk; dropout within it is drawn by its seed, whatever was drawn before."""
-        seed = self.seed * 100_003 + 17 + chunk
-        with torch.random.fork_rng():
+        seed, device = self.seed * 100_003 + 17 + chunk, device_of(self.model)
+        own = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+        with torch.random.fork_rng(**own):
             torch.manual_seed(seed + self.processes.index)
-            yield placed(itertools.islice(self.task.train_batches(seed), count), device_of(self.model))
+            yield placed(itertools.islice(self.task.train_batches(seed), count), device)
 
     def step(self, batch: dict[str, Tensor], factor: float, *, where: str, processes: Processes | None = None) -> float:
         """One optimizer step on a batch of all processes; the task's own loss on it, for the record.

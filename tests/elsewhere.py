@@ -100,6 +100,26 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map(closed, operation(*args, **kwargs))
 
 
+def _index(numbers: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
+    _check_indexed(numbers)
+    return _compute(aten.index.Tensor, numbers, indices)
+
+
+def _index_put(numbers: torch.Tensor, indices: list[torch.Tensor | None], values: torch.Tensor, *options: Any) -> Any:
+    _check_indexed(numbers)
+    if values.dim() and values.device != numbers.device:
+        raise RuntimeError(
+            f"values {tuple(values.shape)} of {values.device} were put into a tensor of {numbers.device}"
+        )
+    return _compute(aten._index_put_impl_.default, numbers, indices, values, *options)
+
+
+def _check_indexed(numbers: torch.Tensor) -> None:
+    """Indices of the CPU may look something up here, as on a GPU; indices of here nothing that is of the CPU."""
+    if numbers.device.type != TYPE:
+        raise RuntimeError(f"a tensor {tuple(numbers.shape)} of the CPU was indexed by one of the device {TYPE}")
+
+
 def _takes_tensors_for(args: tuple, operation: Any) -> bool:
     """Whether numbers among the arguments had been made tensors of in C++, and are numbers again."""
     expected = zip(operation._schema.arguments, args, strict=False)
@@ -120,7 +140,7 @@ def _composed() -> Iterator[tuple[str, Any]]:
             if library != "aten" or operation is None:
                 continue
             view = any(r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns)
-            if view or key == IN_PLACES or name in MAKERS:
+            if (view or key == IN_PLACES or name in MAKERS) and operation not in BOTH:
                 yield name, operation
 
 
@@ -150,6 +170,8 @@ def _register() -> list[torch.library.Library]:
     every.fallback(_compute, "PrivateUse1")
     for name, operation in _composed():
         one.impl(name, lambda *args, op=operation, **kwargs: _compute(op, *args, **kwargs), "PrivateUse1")
+    one.impl("index.Tensor", _index, "PrivateUse1")
+    one.impl("_index_put_impl_", _index_put, "PrivateUse1")
     one.impl("convolution_overrideable", lambda *args: _compute(aten.convolution.default, *args), "PrivateUse1")
     one.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
     torch._C._autograd._push_saved_tensors_default_hooks(_save, _unsave)

@@ -107,22 +107,21 @@ def add(subparsers: Any) -> None:
 
 def run(arguments: Any) -> int:
     """Prune, report. Of several processes (see `comp_edge.parallel`) the main one speaks for all."""
-    from comp_edge.parallel import launched
-    from comp_edge.placement import CPU, computing_device
+    from comp_edge.parallel import speaks
 
-    device = computing_device(arguments.torch_device)
-    if launched(cpu=device == CPU).main:
-        _prune(arguments, device, main=True)
+    if speaks():
+        _prune(arguments, main=True)
         return 0
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        return common.run(lambda: _prune(arguments, device, main=False), name="")
+        return common.run(lambda: _prune(arguments, main=False), name="")
 
 
-def _prune(arguments: Any, device: Any, *, main: bool) -> None:
+def _prune(arguments: Any, *, main: bool) -> None:
     from comp_edge.checkpoint import load_any, load_processor, resolve
     from comp_edge.errors import InputError
     from comp_edge.files import check_writable
     from comp_edge.options import parse_method
+    from comp_edge.placement import computing_device
     from comp_edge.pruning import prune
     from comp_edge.settings import PruneConfig
     from comp_edge.tasks import load_task, task_class
@@ -158,6 +157,7 @@ def _prune(arguments: Any, device: Any, *, main: bool) -> None:
     resolve(arguments.model)
     task_class(arguments.task)
     check_writable(arguments.out)
+    device = computing_device(arguments.torch_device)
     model = load_any(arguments.model, dtype=common.dtype(arguments.dtype)).to(device)
     processor = load_processor(arguments.model)
     task = load_task(arguments.task, processor, model)

@@ -24,7 +24,11 @@ BUILT_IN = {
 
 @runtime_checkable
 class Task(Protocol):
-    """What the pruner needs to know of a task. Constructed as `Class(processor)`."""
+    """What the pruner needs to know of a task. Constructed as `Class(processor)`.
+
+    Batches are made on the CPU. `loss` and `score` get them where the model is, and what tensors they make of their own must be
+    there, too.
+    """
 
     def train_batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
         """Endless training batches, a function of the seed alone."""

@@ -142,8 +142,8 @@ class PairTask:
     def score(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
         """Recall@1 of the text for an image, 0..1."""
         right = total = 0
-        for gallery in ([batch] for batch in batches) if self.within_batch else [list(batches)]:
-            for table in self.comparison.similarities(model, gallery) if gallery else []:
+        for gallery in ([batch] for batch in batches) if self.within_batch else [batches]:
+            for table in self.comparison.similarities(model, gallery):
                 right += int((table.argmax(1) == torch.arange(len(table), device=table.device)).sum())
                 total += len(table)
         if not total:
@@ -167,13 +167,15 @@ class Comparison:
 
     logits: Callable[[Any, dict[str, Tensor]], Tensor]
     targets: Callable[[int, torch.device], Tensor]
-    similarities: Callable[[Any, list[dict[str, Tensor]]], list[Tensor]]
+    similarities: Callable[[Any, Iterable[dict[str, Tensor]]], list[Tensor]]
 
 
-def _embedded(model: Any, batches: list[dict[str, Tensor]]) -> list[Tensor]:
-    """[images, texts] of all batches together, by the embeddings of two towers."""
-    outputs = [model(**model_inputs(model, batch)) for batch in batches]
-    images, texts = (torch.cat([output[name] for output in outputs]) for name in ("image_embeds", "text_embeds"))
+def _embedded(model: Any, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """[images, texts] of all batches together, by the embeddings of two towers; nothing where there are no batches."""
+    found = [(output.image_embeds, output.text_embeds) for output in (model(**model_inputs(model, b)) for b in batches)]
+    if not found:
+        return []
+    images, texts = map(torch.cat, zip(*found, strict=True))
     return [images @ texts.T]
 
 
@@ -195,7 +197,7 @@ def _matched(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return _read_together(model, batch, images=own.repeat(2), texts=torch.cat([own, own.roll(-1)]))
 
 
-def _tables(model: Any, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+def _tables(model: Any, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
     """[n, n] of each batch, how well the matcher finds each text to suit each image."""
     return [_table(model, batch) for batch in batches]
 

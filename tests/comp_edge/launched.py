@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import comp_edge
 from comp_edge.errors import InputError
 from comp_edge.parallel import launched
+from comp_edge.placement import CPU
 from tests import tiny
 from tests.comp_edge.test_pruning import QUICK
 
@@ -40,14 +41,14 @@ class PoisonedSecond(tiny.TinyVQA):
 
     def logits(self, model: Any, batch: Any) -> torch.Tensor:
         self.calls += model.training
-        poison = model.training and self.calls == 3 and launched().index == 1
+        poison = model.training and self.calls == 3 and launched(CPU).index == 1
         return super().logits(model, batch) * (float("nan") if poison else 1.0)
 
 
 def main(folder: Path) -> None:
     """Small things first, then whole passes."""
     torch.set_num_threads(1)
-    processes = launched()
+    processes = launched(CPU)
     computed: list[int] = []
 
     def compute() -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import comp_edge
 from comp_edge.parallel import ALONE, launched
+from comp_edge.placement import CPU
 from tests.comp_edge.launched import prune
 from tests.comp_edge.test_pruning import QUICK
 
@@ -35,7 +36,7 @@ def launch(arguments: Sequence[str], **options: Any) -> subprocess.CompletedProc
 
 
 def test_alone_nothing_is_done() -> None:
-    assert launched() is ALONE and ALONE.main and ALONE.count == 1
+    assert launched(CPU) is ALONE and ALONE.main and ALONE.count == 1
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
     gradient = parameter.grad

@@ -63,7 +63,7 @@ class Lessons(tiny.TinyVQA):
         return _Lesson(width, self)
 
     def patch_labels(self, image_ids: torch.Tensor) -> torch.Tensor:
-        return image_ids
+        return torch.arange(tiny.IMAGES["train"])[image_ids]  # looked up on the CPU, as a task's data are
 
     def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.apart:  # as a task that knows nothing of sharing: the model's own forward, image by question
