@@ -172,7 +172,8 @@ class Comparison:
 
 def _embedded(model: Any, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
     """[images, texts] of all batches together, by the embeddings of two towers; nothing where there are no batches."""
-    found = [(output.image_embeds, output.text_embeds) for output in (model(**model_inputs(model, b)) for b in batches)]
+    outputs = (model(**model_inputs(model, batch)) for batch in batches)
+    found = [(output["image_embeds"], output["text_embeds"]) for output in outputs]
     if not found:
         return []
     images, texts = map(torch.cat, zip(*found, strict=True))
