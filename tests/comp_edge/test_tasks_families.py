@@ -536,14 +536,15 @@ def test_packed_images_are_pruned_by_several_a_batch(name: str, strategy: str) -
 
 def test_the_auxiliary_loss_needs_one_grid_of_patches() -> None:
     class Helped(Asking):
-        def auxiliary_head(self, width: int, patches: int) -> Any:
-            return width, patches
+        def auxiliary_head(self, width: int, patches: int) -> torch.nn.Module:
+            return torch.nn.Linear(width, patches)
 
     grids = {"llava": 16, "smolvlm": 64, "internvl": 64, "blip-vqa": 16}
     for name, patches in grids.items():
         model, task = make_model(name), Helped(make_processor(name))
         width = model.config.vision_config.hidden_size
-        assert _auxiliary_head(model, task) == (width, patches)
+        head = _auxiliary_head(model, task)
+        assert (head.in_features, head.out_features) == (width, patches)
         batch = next(task.train_batches(0))
         assert _patch_features(model, batch).shape == (9, patches, width)
     assert _auxiliary_head(make_model("qwen2.5-vl"), Helped(make_processor("qwen2.5-vl"))) is None
