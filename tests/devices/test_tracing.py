@@ -1,6 +1,7 @@
 """Where the time of a call goes: real traces of real programs, and what they are summed to."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import agent_programs
@@ -8,6 +9,7 @@ import pytest
 
 from devices.__main__ import main
 from devices.agent.etdump import Part, attribute
+from devices.measuring import PRESETS
 from devices.tracing import Share, shares
 
 
@@ -26,8 +28,10 @@ def test_parts_of_one_name_are_one_row():
 
 
 @pytest.mark.slow
-def test_traces_of_a_program(tmp_path, capsys):
+def test_traces_of_a_program(tmp_path, capsys, monkeypatch):
     """Of each method one, kept as a file; the table names what was not delegated."""
+    # How long calls take is of no interest here, and a busy machine would be waited for.
+    monkeypatch.setitem(PRESETS, "quick", replace(PRESETS["quick"], rounds=1, min_seconds=0.01, patience=0.1))
     program = agent_programs.write_program(tmp_path, "mixed")
     arguments = ["run", str(program), "--trace", str(tmp_path / "traces")]
     assert main([*arguments, "--json"]) == 0
