@@ -132,7 +132,7 @@ class PairTask:
 
     def targets(self, batch: dict[str, Tensor]) -> Tensor:
         """The right choices [decisions, 1]."""
-        return self.comparison.targets(*_count(batch))[:, None]
+        return self.comparison.targets(_numbers(batch))[:, None]
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the decisions (a scalar)."""
@@ -161,12 +161,12 @@ class Comparison:
 
     Attributes:
         logits: of a model on a batch, [decisions, choices].
-        targets: the right choices [decisions] in a batch of so many pairs, on a device.
+        targets: the right choices [decisions] in a batch, of the numbers [n] of its pairs.
         similarities: of a model on batches, tables [images, texts] whose diagonal are the pairs.
     """
 
     logits: Callable[[Any, dict[str, Tensor]], Tensor]
-    targets: Callable[[int, torch.device], Tensor]
+    targets: Callable[[Tensor], Tensor]
     similarities: Callable[[Any, Iterable[dict[str, Tensor]]], list[Tensor]]
 
 
@@ -194,7 +194,7 @@ def _each(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def _matched(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """[2n, 2]: no and yes for the pairs, and for each image with its neighbour's text."""
-    own = _numbers(*_count(batch))
+    own = _numbers(batch)
     return _read_together(model, batch, images=own.repeat(2), texts=torch.cat([own, own.roll(-1)]))
 
 
@@ -204,7 +204,7 @@ def _tables(model: Any, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
 
 
 def _table(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    rows, texts = [], _numbers(*_count(batch))
+    rows, texts = [], _numbers(batch)
     for image in range(len(texts)):  # one at a time, or memory grows with the square of the batch
         alone = batch | {"pixel_values": batch["pixel_values"][image : image + 1]}
         verdicts = _read_together(model, alone, images=torch.zeros_like(texts), texts=texts)
@@ -222,18 +222,13 @@ def _read_together(model: Any, batch: dict[str, Tensor], *, images: Tensor, text
         ).itm_score
 
 
-def _count(batch: dict[str, Tensor]) -> tuple[int, torch.device]:
-    """How many pairs a batch has, and where it is."""
-    return len(batch["input_ids"]), batch["input_ids"].device
+def _numbers(batch: dict[str, Tensor]) -> Tensor:
+    """[n] 0, 1, 2, ... for the pairs of a batch, where it is."""
+    return torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
 
 
-def _numbers(count: int, device: torch.device) -> Tensor:
-    """[count] 0, 1, 2, ..."""
-    return torch.arange(count, device=device)
-
-
-SOFTMAX = Comparison(_contrast, lambda n, at: _numbers(n, at).repeat(2), _embedded)
-SIGMOID = Comparison(_each, lambda n, at: torch.eye(n, dtype=torch.long, device=at).flatten(), _embedded)
-MATCHING = Comparison(_matched, lambda n, at: _numbers(2, at).flip(0).repeat_interleave(n), _tables)
+SOFTMAX = Comparison(_contrast, lambda own: own.repeat(2), _embedded)
+SIGMOID = Comparison(_each, lambda own: (own[:, None] == own).long().flatten(), _embedded)
+MATCHING = Comparison(_matched, lambda own: torch.cat([torch.ones_like(own), torch.zeros_like(own)]), _tables)
 # How the name of a processor begins, for the models that it is of.
 COMPARISONS = {"CLIP": SOFTMAX, "Siglip": SIGMOID, "Blip": MATCHING}

@@ -96,15 +96,12 @@ def _family(name: str) -> dict[str, tuple[Any, Any]]:
         loss = task.loss(model, batch)
         loss.backward()
         # SigLIP 2 writes its positions row by row: autograd asks such tensors where they lie in memory, and there is none.
-        named = [
-            (name, p.grad) for name, p in model.named_parameters() if "vision_model.embeddings.position" not in name
-        ]
-        gradients = [gradient for _, gradient in named if gradient is not None]
+        learnt = [p for key, p in model.named_parameters() if "vision_model.embeddings.position" not in key]
         schedule = active_schedule(model)
         kept = {stream: schedule.kept(stream) for stream in family_of(model).streams(model)}
         facts = {
             "loss": loss.item(),
-            "gradients": [gradient.cpu().abs().sum().item() for gradient in gradients],
+            "gradients": [p.grad.cpu().abs().sum().item() for p in learnt if p.grad is not None],
             "kept": {stream: None if tokens is None else tokens.tolist() for stream, tokens in kept.items()},
             "answers": _answers(task, model, next(iter(placed(task.val_batches(), device)))),
             "score": task.score(model, placed(task.val_batches(), device)),
@@ -124,7 +121,7 @@ def _answers(task: Any, model: Any, batch: dict[str, torch.Tensor]) -> list[Any]
 
 
 def _pass(strategy: str, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """Plan, trace and weights of a whole pass there and here; there it is killed once and resumed."""
+    """Plan, trace and weights of a whole pass there and here; there it is interrupted once and resumed."""
     from tests.elsewhere import DEVICE
 
     def run(device: torch.device, out: Path, **options: Any) -> comp_edge.PruneResult:
@@ -143,11 +140,10 @@ def _pass(strategy: str, folder: Path) -> dict[str, tuple[Any, Any]]:
     here = run(CPU, folder / "here")
     weights = [{name: value.cpu() for name, value in result.model.state_dict().items()} for result in (there, here)]
     loaded = comp_edge.load_pretrained(folder / "there").state_dict()
-    scores = [result.metrics["pruned"] for result in (there, here)]
     return {
         "plan": (there.plan.to_json(), here.plan.to_json()),
         "modes": ([stage["mode"] for stage in there.trace], [stage["mode"] for stage in here.trace]),
-        "scores": (scores[0], scores[1]),
+        "scores": (there.metrics["pruned"], here.metrics["pruned"]),
         "device": (device_of(there.model).type, "elsewhere"),
         "names": (list(weights[0]), list(weights[1])),
         "weights": (_furthest(*weights) < DRIFT, True),
