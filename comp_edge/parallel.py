@@ -1,6 +1,6 @@
 """One pass in several processes, as `accelerate launch` starts them: each computes its rows of every training batch.
 
-    accelerate launch --multi_gpu --num_processes 2 -m comp_edge.cli.main prune --model ... --task ... -o out
+    accelerate launch --multi_gpu --num_processes 2 -m comp_edge prune --model ... --task ... -o out
 
 (`--multi_gpu` is what makes accelerate start several processes on one machine, with or without GPUs. Each computes on a GPU of
 its own, or on the CPU, where they talk through gloo. With `--cpu` it starts one, unless an MPI is there to start more.)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import comp_edge
@@ -24,7 +23,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.Parser(prog="comp-edge", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"comp-edge {comp_edge.__version__}")
     return common.main((demo, inspect, train, prune, evaluate, bench, report), parser=parser, argv=argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,7 +24,7 @@ examples:
                                                       without training: importance from calibration batches only
   comp-edge prune --model random:smolvlm-256m --task synthetic --train-steps 40 -o out     time and memory at true size
   comp-edge prune --model my-vlm --task tasks/my_task.py:MyTask --accumulate 4 --checkpointing -o out     less memory
-  accelerate launch --multi_gpu --num_processes 2 -m comp_edge.cli.main prune --model ... --task ... -o out
+  accelerate launch --multi_gpu --num_processes 2 -m comp_edge prune --model ... --task ... -o out
                                                       each process trains on its half of every batch
 """
 

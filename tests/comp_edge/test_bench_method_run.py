@@ -322,7 +322,7 @@ def test_killed_with_its_workers_and_resumed(whole: Path, command: Any, tmp_path
     """`kill -9` on the main process: the workers go too, and the same command gives what an undisturbed run gives."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    arguments = [sys.executable, "-m", "comp_edge.cli.main", *command(tmp_path, "--jobs", 2)]
+    arguments = [sys.executable, "-m", "comp_edge", *command(tmp_path, "--jobs", 2)]
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(

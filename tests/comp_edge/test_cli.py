@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_resumes(dense: Path, tmp_path: P
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
 
     def start(name: str, *more: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "comp_edge.cli.main", *arguments, "-o", str(tmp_path / name), *more]
+        command = [sys.executable, "-m", "comp_edge", *arguments, "-o", str(tmp_path / name), *more]
         return subprocess.Popen(
             command,
             cwd=root,

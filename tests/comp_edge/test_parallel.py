@@ -84,7 +84,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 def test_the_command_line_speaks_once(tmp_path: Path) -> None:
     """One JSON object on stdout, one folder, nothing of the second process; what is refused is said once, too."""
     task = str(Path(__file__).parents[1] / "tiny.py") + ":TinyVQA"
-    prune = ["-m", "comp_edge.cli.main", "prune", "--model", "llava-digits", "--task", task, "--keep", "0.9"]
+    prune = ["-m", "comp_edge", "prune", "--model", "llava-digits", "--task", task, "--keep", "0.9"]
     prune += ["--stages", "1", "--stage-steps", "2", "--final-steps", "1", "--val-examples", "15", "--strategy", "comp"]
     done = launch([*prune, "--no-eval", "--json", "-o", "out"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
