@@ -19,62 +19,6 @@ from comp_edge.tasks.digit_vqa import DigitVQA
 from comp_edge.tasks.vqa import Split, answer_loss
 from tests import tiny
 
-SPLITS = ("train", "val", "test")
-
-
-# ---- easy_vqa
-
-
-@pytest.fixture(scope="module")
-def easy(tmp_path_factory):
-    """Reading the package's images takes a few seconds."""
-    pytest.importorskip("easy_vqa")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMP_EDGE_CACHE", str(tmp_path_factory.mktemp("easy")))
-        task = task_class("easy_vqa")(None)
-        return {split: task.split(split) for split in SPLITS}
-
-
-@pytest.mark.slow
-def test_easy_vqa_holds_out_its_validation_images(easy):
-    import easy_vqa
-
-    assert [len(easy[split].images) for split in SPLITS] == [3400, 600, 1000]
-    paths = easy_vqa.get_train_image_paths()
-    texts, answers, ids = easy_vqa.get_train_questions()
-    asked = {split: sum(len(group) for group in easy[split].by_image) for split in SPLITS}
-    assert asked["train"] + asked["val"] == len(texts) and len(set(ids)) == len(paths) == 4000
-    assert asked["test"] == len(easy_vqa.get_test_questions()[0])
-    assert sum(asked.values()) == 48_248
-    # Every image asks its own questions: no two share both picture and questions across the splits.
-    fingerprints = {
-        split: {
-            (data.images[i].tobytes(), tuple(sorted(tuple(data.questions[q][1:3]) for q in group)))
-            for i, group in enumerate(data.by_image)
-        }
-        for split, data in easy.items()
-    }
-    assert not fingerprints["train"] & fingerprints["val"]
-    assert not fingerprints["test"] & (fingerprints["train"] | fingerprints["val"])
-
-
-@pytest.mark.slow
-def test_easy_vqa_pixels_are_not_shared(easy):
-    pixels = {split: {image.tobytes() for image in easy[split].images} for split in SPLITS}
-    assert not pixels["train"] & pixels["val"]
-    assert not pixels["test"] & (pixels["train"] | pixels["val"])
-
-
-@pytest.mark.slow
-def test_easy_vqa_questions(easy):
-    for data in easy.values():
-        assert data.images.shape[1:] == (64, 64, 3) and data.images.dtype == np.uint8
-        assert all(group for group in data.by_image)
-        assert not any("?" in text or text != text.strip() for _, text, _, _ in data.questions)
-        assert [q[0] for q in data.questions] == sorted(q[0] for q in data.questions)
-        assert {"yes", "no"} < {q[2] for q in data.questions}
-
-
 # ---- the cache
 
 
