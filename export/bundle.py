@@ -79,6 +79,7 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 GOLDEN_FILE = "golden.safetensors"
+GOLDEN_KEPT = 8  # requests that a bundle carries; verification may run on many more
 TOOLS = ("torch", "transformers", "executorch", "coremltools", "torchao", "numpy")
 PROCESSOR_FILES = (
     "tokenizer.json",

@@ -23,6 +23,7 @@ from comp_edge.units import dense_plan
 from export.bundle import AnswerSpec, BundleError, TextGolden, TextSpec, read_questions
 from export.encoder_methods import Kind, Part, Shape, Size, kind_of, parts_of
 from export.graph.options import GraphOptions
+from export.progress import Progress
 from export.reference import Requests, made_up_images
 from export.source import stored_type
 
@@ -296,9 +297,7 @@ def _text(source: EncoderSource, generator: torch.Generator, *, first: bool) -> 
 
 
 @torch.no_grad()
-def encoder_reference(
-    source: EncoderSource, requests: Requests, *, progress: Callable[[], None] = lambda: None
-) -> TextGolden:
+def encoder_reference(source: EncoderSource, requests: Requests, *, progress: Progress = lambda: None) -> TextGolden:
     """What transformers makes of each request, alone; token schedule as attached.
 
     Texts are given to transformers as it wants them, so that padding can only do harm here: without any, but for SigLIP.

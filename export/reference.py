@@ -6,7 +6,7 @@ Shared by every backend. An exporter knows no tasks: requests come from a file, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from comp_edge.families import family_of
 from export.bundle import PROCESSOR_FILES, BundleError, Golden, ImageSpec, PromptSpec, read_questions
 from export.inputs import image_grid, image_inputs, request_inputs
 from export.positions import prompt_positions
+from export.progress import Progress
 from export.source import Size, Source
 
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -94,7 +95,7 @@ def _question(source: Source, generator: torch.Generator) -> str:
 
 
 @torch.no_grad()
-def reference(source: Source, requests: Requests, *, progress: Callable[[], None] = lambda: None) -> Golden:
+def reference(source: Source, requests: Requests, *, progress: Progress = lambda: None) -> Golden:
     """What transformers' own `generate` makes of each request, alone and greedily; token schedule as attached.
 
     Args:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from comp_edge.files import whole_folder
-from export.bundle import GOLDEN_FILE, Bundle, Golden, Manifest, finish_bundle, write_golden
+from export.bundle import GOLDEN_FILE, GOLDEN_KEPT, Bundle, Golden, Manifest, finish_bundle, write_golden
 from export.coreml.convert import ExportError, export_programs, steps, write_packages
 from export.coreml.engine import EagerEngine
 from export.coreml.functions import Modules, Precision, Selection, build_modules, check_precision, method_specs
@@ -16,16 +14,12 @@ from export.coreml.swift import EXAMPLE_FILE, swift_example
 from export.coreml.verify import Watched, module_failures, verify, watch_eager
 from export.mil import ExecutionError, UnknownOpError
 from export.mil import InputError as PackageError
+from export.progress import Report, counter
 from export.reference import Requests, image_spec, prompt_spec, reference, write_processor
 from export.source import Source
 
-# What a bundle carries; verification may run on many more.
-GOLDEN_KEPT = 8
 # Of a bundle, copied as it is: it imports nothing of comp-edge.
 BENCHMARK_FILE = "benchmark.py"
-
-# Called as (done, total, what).
-Report = Callable[[int, int, str], None]
 
 
 def build_bundle(
@@ -54,13 +48,13 @@ def build_bundle(
         for precision, folder in folders.items():
             folder.mkdir()
             specs = method_specs(source, modules, precision)
-            step = _counter(report, steps(specs), f"{precision}: converting")
+            step = counter(report, steps(specs), f"{precision}: converting")
             write_packages(programs, specs, precision, folder, step=step)
             write_processor(source, folder)
             example = swift_example(specs, prompt_spec(source), precision)
             (folder / EXAMPLE_FILE).write_text(example, encoding="utf-8")
             write_benchmark(folder)
-        golden = reference(source, requests, progress=_counter(report, len(requests), "reference answers"))
+        golden = reference(source, requests, progress=counter(report, len(requests), "reference answers"))
         plain = None
         for precision, folder in folders.items():
             fields = _manifest_fields(source, modules, precision)
@@ -68,7 +62,7 @@ def build_bundle(
             bundle = Bundle.open(folder)
             if plain is None:
                 plain = watch_eager(
-                    bundle, EagerEngine(modules), golden, progress=_counter(report, len(requests), "eager answers")
+                    bundle, EagerEngine(modules), golden, progress=counter(report, len(requests), "eager answers")
                 )
                 if failures := module_failures(plain, golden):
                     raise ExportError(f"The modules to convert are not the model: {'; '.join(failures)}.")
@@ -102,7 +96,7 @@ def _verified(
             bundle,
             EagerEngine(modules, round_to_fp16=True),
             golden,
-            progress=_counter(report, total, "eager answers with fp16 weights"),
+            progress=counter(report, total, "eager answers with fp16 weights"),
         )
         expected = exact.golden
     try:
@@ -114,7 +108,7 @@ def _verified(
             exact=exact,
             plain=plain,
             source_golden=golden,
-            progress=_counter(report, total, f"{precision}: verifying"),
+            progress=counter(report, total, f"{precision}: verifying"),
         )
     except UnknownOpError as error:
         raise ExportError(f"The {precision} package cannot be verified: {error}.") from None
@@ -140,10 +134,3 @@ def _manifest_fields(source: Source, modules: Modules, precision: Precision) -> 
         "prompt": prompt_spec(source),
         "tokens": source.tokens,
     }
-
-
-def _counter(report: Report, total: int, what: str) -> Callable[[], None]:
-    """A callable without arguments that reports one more of `total` each time."""
-    report(0, total, what)
-    counted = itertools.count(1)
-    return lambda: report(next(counted), total, what)

@@ -7,7 +7,7 @@ import io
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from export.coreml.functions import (
     example_inputs,
 )
 from export.coreml_compat import UnsupportedOperatorError, corrected_frontend
+from export.progress import Progress
 
 
 class ExportError(RuntimeError):
@@ -46,7 +47,7 @@ def write_packages(
     precision: Precision,
     folder: Path,
     *,
-    step: Callable[[], None] = lambda: None,
+    step: Progress = lambda: None,
 ) -> None:
     """Convert every method and save the packages that the specs name into `folder`.
 

@@ -7,9 +7,8 @@ fp16 cost?
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from comp_edge.files import whole_folder
 from export.bundle import (
     GOLDEN_FILE,
+    GOLDEN_KEPT,
     Bundle,
     Manifest,
     MethodSpec,
@@ -29,11 +29,11 @@ from export.bundle import (
     finish_bundle,
     write_text_golden,
 )
-from export.coreml.build import GOLDEN_KEPT, Report, write_benchmark
+from export.coreml.build import write_benchmark
 from export.coreml.convert import ExportError, export_programs, steps, write_packages
 from export.coreml.engine import Cut, EagerEngine, MilEngine, survivors
 from export.coreml.functions import DTYPES, ONLY_FUNCTION, Precision, Selection
-from export.coreml.verify import AMBIGUOUS_MARGIN, TOLERANCES, KeptSets
+from export.coreml.verify import AMBIGUOUS_MARGIN, INTERPRETED, TOLERANCES, KeptSets
 from export.encoder_compare import INPUTS, Comparison, wrong_texts
 from export.encoder_methods import Part, method_spec
 from export.encoder_runner import EncoderRunner, Response
@@ -41,6 +41,7 @@ from export.encoders import EncoderSource, encoder_reference
 from export.graph import COREML
 from export.mil import ExecutionError, UnknownOpError
 from export.mil import InputError as PackageError
+from export.progress import Progress, Report, counter
 from export.reference import Requests, image_spec, pixel_range, write_processor
 
 PROFILE = "encoders"
@@ -48,13 +49,7 @@ REFERENCES: dict[Precision, str] = {
     "fp32": "transformers, fp32, eager, one request at a time",
     "fp16": "eager modules with weights and tables rounded to fp16, computed in fp32, one request at a time",
 }
-MEANING = (
-    "The saved package was executed by an interpreter on the host, with fp32 arithmetic: the errors say that it is the same "
-    "program, not how a device rounds. 'declared' rounds every operation to the type that the package declares (states are "
-    "always fp16); a device may accumulate differently."
-)
 STREAMS = {"image_encoder": "vision", "vision_encoder": "vision"}  # the others drop tokens of the text
-Progress = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -103,19 +98,19 @@ def build_encoders(
             folder.mkdir()
             specs = method_specs(source, parts, precision)
             write_packages(
-                programs, specs, precision, folder, step=_counter(report, steps(specs), f"{precision}: converting")
+                programs, specs, precision, folder, step=counter(report, steps(specs), f"{precision}: converting")
             )
             write_processor(source, folder)
             write_benchmark(folder)
         del programs
-        golden = encoder_reference(source, requests, progress=_counter(report, len(requests), "reference answers"))
+        golden = encoder_reference(source, requests, progress=counter(report, len(requests), "reference answers"))
         plain = None
         for precision, folder in folders.items():
             fields = _manifest_fields(source, parts, precision)
             finish_bundle(folder, **fields)
             bundle = Bundle.open(folder)
             if plain is None:
-                step = _counter(report, len(requests), "eager answers")
+                step = counter(report, len(requests), "eager answers")
                 plain = watch_eager(bundle, EagerEngine(modules), golden, progress=step)
                 if failures := _module_failures(plain, golden):
                     raise ExportError(f"The modules to convert are not the model: {'; '.join(failures)}.")
@@ -233,7 +228,7 @@ def _verified(
     """Verify a bundle that lacks only its golden file, and complete it."""
     total, exact, expected = len(golden.texts), plain, golden
     if precision == "fp16":
-        step = _counter(report, total, "eager answers with fp16 weights")
+        step = counter(report, total, "eager answers with fp16 weights")
         exact = watch_eager(bundle, EagerEngine(modules, round_to_fp16=True), golden, progress=step)
         expected = exact.golden
     verifier = _Verifier(bundle, source, modules.selection, precision, expected, exact, plain, golden)
@@ -357,7 +352,7 @@ class _Verifier:
             ambiguous=ambiguous,
             ambiguous_max_abs_error=self.apart.error if ambiguous else None,
             details={
-                "meaning": MEANING,
+                "meaning": INTERPRETED,
                 "errors": self.right.errors,
                 "declared": {
                     "reference": REFERENCES["fp32"],
@@ -374,10 +369,3 @@ class _Verifier:
 def _finite(value: float) -> float | None:
     """JSON has no infinity and no NaN."""
     return value if math.isfinite(value) else None
-
-
-def _counter(report: Report, total: int, what: str) -> Callable[[], None]:
-    """A callable without arguments that reports one more of `total` each time."""
-    report(0, total, what)
-    counted = itertools.count(1)
-    return lambda: report(next(counted), total, what)

@@ -12,7 +12,7 @@ Three questions, kept apart:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from export.bundle import Bundle, Golden, Verification
 from export.coreml.engine import Cut, EagerEngine, MilEngine, survivors
 from export.coreml.functions import Precision, Selection
 from export.executorch.runner import Generation, ScheduledRunner
+from export.progress import Progress
 
 # Rounding of fp32 arithmetic, respectively of it on fp16 weights.
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-3}
@@ -31,13 +32,13 @@ REFERENCES: dict[Precision, str] = {
     "fp32": "transformers generate, fp32, eager, one request at a time",
     "fp16": "eager modules with weights and tables rounded to fp16, computed in fp32, greedy, one request at a time",
 }
-MEANING = (
+INTERPRETED = (
     "The saved package was executed by an interpreter on the host, with fp32 arithmetic: the errors say that it is the same "
     "program, not how a device rounds. 'declared' rounds every operation to the type that the package declares (states are "
-    "always fp16); a device may accumulate differently. CoreMLExample.swift was not compiled."
+    "always fp16); a device may accumulate differently."
 )
+MEANING = f"{INTERPRETED} CoreMLExample.swift was not compiled."
 METHODS_THAT_DROP = {"vision_encoder": "vision", "prefill": "language"}
-Progress = Callable[[], None]
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 from comp_edge.files import whole_folder
-from export.bundle import GOLDEN_FILE, BundleError, Manifest, finish_bundle, write_golden
+from export.bundle import GOLDEN_FILE, GOLDEN_KEPT, BundleError, Manifest, finish_bundle, write_golden
 from export.executorch.lower import delegation_warnings, lower
 from export.executorch.profiles import PROGRAM_FILE, Profile, build_methods, constants
 from export.executorch.verify import verify
 from export.graph.stock import stock_obstacle
+from export.progress import Report, counter
 from export.reference import Requests, image_spec, prompt_spec, reference, write_processor
 from export.source import Source, without_language_drops
-
-# What a bundle carries; verification may run on many more.
-GOLDEN_KEPT = 8
 
 
 class VerificationError(RuntimeError):
     """The written program does not compute what the model computes."""
-
-
-# Called as (done, total, what).
-Report = Callable[[int, int, str], None]
 
 
 def build_profile(profile: Profile, source: Source, requests: Requests, folder: Path, *, report: Report) -> Manifest:
@@ -47,7 +39,7 @@ def build_profile(profile: Profile, source: Source, requests: Requests, folder: 
     lowered = lower(methods, constants=constant)
     (folder / PROGRAM_FILE).write_bytes(lowered.program)
     write_processor(source, folder)
-    golden = reference(source, requests, progress=_counter(report, len(requests), f"{profile}: reference answers"))
+    golden = reference(source, requests, progress=counter(report, len(requests), f"{profile}: reference answers"))
     fields = {
         "backend": "executorch",
         "profile": profile,
@@ -67,20 +59,13 @@ def build_profile(profile: Profile, source: Source, requests: Requests, folder: 
     del methods, lowered
     finish_bundle(folder, **fields)
     try:
-        outcome = verify(folder, golden, source, progress=_counter(report, len(requests), f"{profile}: verifying"))
+        outcome = verify(folder, golden, source, progress=counter(report, len(requests), f"{profile}: verifying"))
     except BundleError as error:
         raise VerificationError(f"profile {profile!r} was written but does not run: {error}") from None
     if outcome.failures:
         raise VerificationError(f"profile {profile!r} is not right: {'; '.join(outcome.failures)}.")
     write_golden(folder / GOLDEN_FILE, golden.take(outcome.clear[:GOLDEN_KEPT]))
     return finish_bundle(folder, **fields, verification=outcome.verification)
-
-
-def _counter(report: Report, total: int, what: str) -> Callable[[], None]:
-    """A callable without arguments that reports one more of `total` each time."""
-    report(0, total, what)
-    counted = itertools.count(1)
-    return lambda: report(next(counted), total, what)
 
 
 def build_bundle(

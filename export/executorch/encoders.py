@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from comp_edge.files import whole_folder
 from export.bundle import (
     GOLDEN_FILE,
+    GOLDEN_KEPT,
     Bundle,
     BundleError,
     Manifest,
@@ -22,11 +21,12 @@ from export.encoder_compare import Comparison, unclear, wrong_texts
 from export.encoder_methods import Part, method_spec
 from export.encoder_runner import EncoderRunner
 from export.encoders import EncoderSource, encoder_reference
-from export.executorch.build import GOLDEN_KEPT, Report, VerificationError
+from export.executorch.build import VerificationError
 from export.executorch.lower import Method, delegation_warnings, lower
 from export.executorch.profiles import PROGRAM_FILE
 from export.executorch.verify import TOLERANCE
 from export.graph import EXECUTORCH
+from export.progress import Progress, Report, counter
 from export.reference import Requests, image_spec, pixel_range, write_processor
 
 PROFILE = "encoders"
@@ -53,7 +53,7 @@ def _build(source: EncoderSource, requests: Requests, folder: Path, *, report: R
     lowered = lower(methods, constants={})
     (folder / PROGRAM_FILE).write_bytes(lowered.program)
     write_processor(source, folder)
-    golden = encoder_reference(source, requests, progress=_counter(report, len(requests), "reference answers"))
+    golden = encoder_reference(source, requests, progress=counter(report, len(requests), "reference answers"))
     fields = {
         "backend": "executorch",
         "profile": PROFILE,
@@ -72,7 +72,7 @@ def _build(source: EncoderSource, requests: Requests, folder: Path, *, report: R
     del methods, lowered
     finish_bundle(folder, **fields)
     try:
-        outcome = verify_encoders(folder, golden, parts, progress=_counter(report, len(requests), "verifying"))
+        outcome = verify_encoders(folder, golden, parts, progress=counter(report, len(requests), "verifying"))
     except BundleError as error:
         raise VerificationError(f"the program was written but does not run: {error}") from None
     if outcome.failures:
@@ -99,7 +99,7 @@ class Outcome:
 
 
 def verify_encoders(
-    folder: Path, golden: TextGolden, parts: dict[str, Part], *, progress: Callable[[], None] = lambda: None
+    folder: Path, golden: TextGolden, parts: dict[str, Part], *, progress: Progress = lambda: None
 ) -> Outcome:
     """Run the program of a bundle folder on the golden requests.
 
@@ -138,10 +138,3 @@ def verify_encoders(
         failures.append(f"the manifest's rules make other tokens of {different[0]!r} than the model's processor")
     clear = tuple(i for i in range(total) if right.matched[i] and not ambiguous[i])
     return Outcome(verification=verification, failures=tuple(failures), clear=clear)
-
-
-def _counter(report: Report, total: int, what: str) -> Callable[[], None]:
-    """A callable without arguments that reports one more of `total` each time."""
-    report(0, total, what)
-    counted = itertools.count(1)
-    return lambda: report(next(counted), total, what)

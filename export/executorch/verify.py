@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from export.bundle import Bundle, Golden, Verification, largest
 from export.executorch.runner import StockRunner, open_runner
 from export.graph import EXECUTORCH, LanguageModel, Prefill, VisionEncoder
 from export.graph.select import watch_cuts
+from export.progress import Progress
 from export.reference import prefill_inputs
 from export.source import Source
 
@@ -36,7 +37,7 @@ class Outcome:
     clear: tuple[int, ...]
 
 
-def verify(folder: Path, golden: Golden, source: Source, *, progress: Callable[[], None] = lambda: None) -> Outcome:
+def verify(folder: Path, golden: Golden, source: Source, *, progress: Progress = lambda: None) -> Outcome:
     """Run the program of a bundle folder on the golden requests.
 
     Logits are compared for each generated token as long as the tokens agree, and the image features once. A request is
