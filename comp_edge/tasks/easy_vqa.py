@@ -56,6 +56,8 @@ class _PatchClassifier(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of patch features [n, patches, width] against pixel labels [n, H, W]: a patch shows what any of it does."""
         target = F.adaptive_max_pool2d(labels.float()[:, None], self.side).flatten(1).long()
+        if bool((target == UNKNOWN).all()):  # the mean over nothing would not be finite
+            return 0 * self.linear(features).sum()
         # Most patches are background: without a weight the classifier would learn to say so.
         weight = torch.ones(1 + len(SHAPES), device=features.device)
         weight[BACKGROUND] = 0.2

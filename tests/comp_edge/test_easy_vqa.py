@@ -115,7 +115,7 @@ def test_the_shape_that_questions_tell(asked: list[tuple[str, str]], shape: str 
 
 
 def test_a_patch_shows_what_any_of_it_does() -> None:
-    """The loss is nothing only for who names the shape in every patch that has a pixel of it, and no unknown image counts."""
+    """The loss is nothing only for who names the shape in every patch that has a pixel of it; no unknown image counts."""
     head = EasyVQA(None).auxiliary_head(width=4, patches=16)
     with torch.no_grad():
         head.linear.weight.copy_(torch.eye(4))
@@ -130,3 +130,7 @@ def test_a_patch_shows_what_any_of_it_does() -> None:
     assert head(features, labels) < 1e-6
     features[1] = torch.randn(16, 4)
     assert head(features, labels) < 1e-6
+    features.requires_grad_()
+    nothing = head(features[1:], labels[1:])
+    nothing.backward()
+    assert nothing == 0 and not features.grad.any()
