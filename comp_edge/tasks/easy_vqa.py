@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from comp_edge.errors import InputError
 from comp_edge.tasks.cache import cached_split
+from comp_edge.tasks.dialogue import IGNORE
 from comp_edge.tasks.vqa import Split, VQATask
 
 SHAPES = ("circle", "rectangle", "triangle")
-BACKGROUND, UNKNOWN = 0, -100  # beside 1, 2, 3 for the shapes; what is unknown is not learnt from
+BACKGROUND, UNKNOWN = 0, IGNORE  # beside 1, 2, 3 for the shapes; what is unknown is not learnt from
 HELD_OUT = 600  # of the 4,000 training images: they steer the pruning, no training step sees them
 
 
@@ -26,7 +27,7 @@ class EasyVQA(VQATask):
     name = "easy_vqa"
 
     def load_split(self, split: str) -> Split:
-        return cached_split(f"{self.name}-3-{split}", lambda: _read(split))
+        return cached_split(f"{self.name}-4-{split}", lambda: _read(split))
 
     def auxiliary_head(self, width: int, patches: int) -> nn.Module:
         """A per-patch classifier for dense training only: which shape is seen here, if any?
@@ -41,10 +42,10 @@ class EasyVQA(VQATask):
 
     def patch_labels(self, image_ids: Tensor, split: str = "train") -> Tensor:
         """What each pixel shows: [n, H, W] int64, `BACKGROUND`, 1 + index in `SHAPES`, or `UNKNOWN`, for these images."""
-        data, chosen = self.split(split), image_ids.numpy()
-        shapes = torch.from_numpy(data.extra["shapes"][chosen]).long()[:, None, None]
-        labels = torch.where(torch.from_numpy(_painted(data.images[chosen])), shapes, BACKGROUND)
-        return torch.where(shapes == UNKNOWN, UNKNOWN, labels)
+        extra = self.split(split).extra
+        shapes = torch.from_numpy(extra["shapes"])[image_ids][:, None, None]
+        painted = torch.from_numpy(extra["painted"])[image_ids]
+        return torch.where(painted | (shapes == UNKNOWN), shapes, BACKGROUND)
 
 
 class _PatchClassifier(nn.Module):
@@ -86,10 +87,10 @@ def _read(split: str) -> Split:
         if i in position
     ]
     questions.sort(key=lambda q: q[0])
-    groups: list[list[tuple[str, str]]] = [[] for _ in order]
-    for image, text, answer, _ in questions:
-        groups[image].append((text, answer))
-    return Split(images=images, questions=questions, extra={"shapes": np.array([_shape(group) for group in groups])})
+    data = Split(images=images, questions=questions)
+    shapes = np.array([_shape((questions[i][1], questions[i][2]) for i in group) for group in data.by_image])
+    data.extra.update(shapes=shapes, painted=_painted(images))
+    return data
 
 
 def _shape(asked: Iterable[tuple[str, str]]) -> int:
